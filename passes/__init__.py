@@ -1,0 +1,33 @@
+"""The way through the graph, in order: match sites, decide each, rewrite those used, shield the rest; then a report.
+
+In: a Dynamo (pre-grad) graph and `decide`. Out: the same GraphModule, changed in place, and the report of what was done.
+"""
+
+if __name__ != "sagecompile.passes":
+    raise ImportError(
+        "the folder passes/ is the package sagecompile.passes: pip install -e . and import it by that name"
+    )
+
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from sagecompile.decide import Decision, Use
+from sagecompile.report import Entry, Report
+from sagecompile.site import AttentionSite
+
+from .match import find
+from .rewrite import rewrite
+from .shield import shield_softmax
+
+__all__ = ["find", "rewrite", "run", "shield_softmax"]
+
+
+def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision]) -> Report:
+    """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision."""
+    matches = find(gm.graph)
+    decided = [(match, decide(match.site)) for match in matches]
+    rewrite(gm.graph, [(match, decision) for match, decision in decided if isinstance(decision, Use)])
+    shield_softmax(gm.graph)
+    gm.recompile()
+    return Report(tuple(Entry(match.site, decision) for match, decision in decided))

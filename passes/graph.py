@@ -1,0 +1,132 @@
+"""Reading and writing a Dynamo graph: a node's tensor facts, who still uses it, and inserting calls.
+
+In: FX nodes whose `meta["example_value"]` is a fake tensor. Out: facts, or new nodes that carry the same metadata, so
+that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's own.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in (
+        "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem delitem"
+    ).split()
+)
+COPIED_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def value(node: Any) -> Any:
+    """The fake tensor (or SymInt, or tuple) that a node stands for; anything that is not a node stands for itself."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node, or None if it does not stand for one tensor."""
+    found = value(node)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def name_of(target: Any) -> str:
+    """`softmax` for torch.softmax, F.softmax and the method alike."""
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def calls(node: Any, *names: str) -> bool:
+    """Whether the node calls a function or method of one of these names."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and name_of(node.target) in names
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the call may change a tensor it is given."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return node.op == "call_module"
+    if node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if getattr(node.target, "__module__", None) == "_operator":  # and_, or_ and not_ are pure
+        return False
+    return name_of(node.target).endswith("_") and not name_of(node.target).endswith("__")
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that matter. Dynamo leaves in the graph what the model computed and threw away."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        pure = node.op in ("call_function", "call_method") and not mutates(node) and tensor(node) is not None
+        if not pure or any(user in live for user in node.users):
+            live.add(node)
+    return live
+
+
+def erase_dead(graph: fx.Graph, roots: Iterable[fx.Node]) -> None:
+    """Remove the roots and whatever is connected to them, as far as nothing needs it any more."""
+    live = live_nodes(graph)
+    dead: set[fx.Node] = set()
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node not in live and node not in dead:
+            dead.add(node)
+            waiting.extend([*node.users, *node.all_input_nodes])
+    for node in reversed(graph.nodes):
+        if node in dead:
+            graph.erase_node(node)
+
+
+def module_path(node: fx.Node) -> str:
+    """`model.layers.3.self_attn` from Dynamo's module stack; `model` itself where the call is in the outermost forward."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "(top level)"
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", r".\1\2", path)
+    return re.sub(r"\.+", ".", path).strip(".") or "(top level)"
+
+
+def source_line(node: fx.Node) -> str:
+    """`sdpa_attention.py:193`, the innermost line of the user's stack."""
+    frames = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
+    if not frames:
+        return "(unknown)"
+    file, line = frames[-1]
+    return f"{PurePath(file).name}:{line}"
+
+
+class Builder:
+    """Inserts calls in front of an anchor node, with its source location and with example values of their own."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self.graph = graph
+        self.anchor = anchor
+        self.metadata = {key: anchor.meta[key] for key in COPIED_METADATA if key in anchor.meta}
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.call_function(function, args, kwargs)
+        node.meta.update(self.metadata)
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
+        # Dynamo's own mode: the one that is current while a backend runs is another.
+        modes = [leaf.fake_mode for leaf in tree_leaves((fake_args, fake_kwargs)) if isinstance(leaf, FakeTensor)]
+        with modes[0], torch.no_grad():
+            node.meta["example_value"] = function(*fake_args, **fake_kwargs)
+        return node

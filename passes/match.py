@@ -1,0 +1,38 @@
+"""Find every attention call of a Dynamo graph, however the model writes it.
+
+In: an FX graph. Out: a list of Match in graph order, also for calls that cannot be rewritten: those carry their obstacle.
+One spelling a file: sdpa.py, unfused.py for softmax(QK^T)V, modules.py for PyTorch's own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from .graph import calls, live_nodes
+from .modules import match_encoder_layer, match_functional_mha, match_native_mha
+from .pattern import Match
+from .sdpa import match_sdpa
+from .unfused import match_unfused
+
+SPELLINGS: dict[str, Callable[[fx.Node, set[fx.Node]], Match | None]] = {
+    "scaled_dot_product_attention": match_sdpa,
+    "softmax": match_unfused,
+    "_safe_softmax": match_unfused,
+    "multi_head_attention_forward": match_functional_mha,
+    "_native_multi_head_attention": match_native_mha,
+    "_transformer_encoder_layer_fwd": match_encoder_layer,
+}
+"""The call that a spelling is found by, and its matcher, which also gets the nodes that matter."""
+
+
+def find(graph: fx.Graph) -> list[Match]:
+    """Every attention call whose result matters."""
+    live = live_nodes(graph)
+    found = []
+    for node in graph.nodes:
+        for name, matcher in SPELLINGS.items():
+            if node in live and calls(node, name):
+                found.append(matcher(node, live))
+    return [match for match in found if match is not None]

@@ -1,0 +1,205 @@
+"""Match PyTorch's own attention modules, which Dynamo leaves in the graph as one call each.
+
+In: a call of F.multi_head_attention_forward, torch._native_multi_head_attention (nn.MultiheadAttention's fast path) or
+torch._transformer_encoder_layer_fwd (nn.TransformerEncoderLayer's). Out: a Match that, when used, writes the call out
+as linear layers around the attention op. A kept one stays the one call it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from . import masks
+from .graph import Builder, argument, tensor
+from .operand import Operand
+from .pattern import Attend, Match, make_site
+
+MHA_ARGUMENTS = (
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight "
+    "q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal"
+).split()
+NATIVE_ARGUMENTS = (
+    "query key value embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias mask need_weights "
+    "average_attn_weights mask_type"
+).split()
+LAYER_ARGUMENTS = (
+    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps norm_weight_1 norm_bias_1 "
+    "norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
+).split()
+
+
+def _bind(node: fx.Node, names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {name: argument(node, i, name, defaults.get(name)) for i, name in enumerate(names)}
+
+
+def _first_result(node: fx.Node, live: set[fx.Node]) -> tuple[fx.Node | None, str | None]:
+    """The getitem that takes the output of an (output, weights) call, and an obstacle if the weights are used."""
+    output, obstacle = None, None
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == 0:
+            output = output or user
+        elif user in live:
+            obstacle = f"attention weights: used elsewhere (by {user.name})"
+    return output, obstacle
+
+
+def _site(anchor: fx.Node, call: fx.Node, spelling: str, args: dict[str, Any], batch_first: bool, **facts: Any) -> Any:
+    """The site of a module whose inputs are (batch, tokens, embed), or (tokens, batch, embed)."""
+    query, key = tensor(args["query"]), tensor(args["key"])
+    assert query is not None and key is not None
+    order = (0, 1, 2) if batch_first else (1, 0, 2)
+    q, k = Operand(args["query"], order), Operand(args["key"], order)
+    out = tensor(anchor)
+    assert out is not None
+    heads = args["num_heads"]
+    site = make_site(call, spelling, q, k, k, out.dtype, needs_grad=out.requires_grad, **facts)
+    head_dim = query.shape[2] // heads
+    return replace(site, heads=heads, kv_heads=heads, head_dim=head_dim, value_dim=head_dim)
+
+
+def _split_heads(build: Builder, x: fx.Node, heads: int, batch_first: bool) -> fx.Node:
+    """(batch, tokens, embed) or (tokens, batch, embed) to (batch, heads, tokens, head_dim)."""
+    split = build.call(torch.Tensor.unflatten, x, 2, (heads, -1))
+    return build.call(torch.permute, split, (0, 2, 1, 3) if batch_first else (1, 2, 0, 3))
+
+
+def _merge_heads(build: Builder, x: fx.Node, batch_first: bool) -> fx.Node:
+    merged = build.call(torch.permute, x, (0, 2, 1, 3) if batch_first else (2, 0, 1, 3))
+    return build.call(torch.flatten, merged, 2)
+
+
+def _project(build: Builder, inputs: list[fx.Node], weight: Any, bias: Any) -> list[fx.Node]:
+    """Q, K and V from a packed (3 * embed, embed) weight: one matmul for self-attention, else three."""
+
+    def thirds(packed: fx.Node, dim: int) -> list[fx.Node]:
+        parts = build.call(torch.chunk, packed, 3, dim)
+        return [build.call(operator.getitem, parts, i) for i in range(3)]
+
+    if all(item is inputs[0] for item in inputs):
+        return thirds(build.call(F.linear, inputs[0], weight, bias), -1)
+    weights = thirds(weight, 0)
+    biases: list[Any] = thirds(bias, 0) if bias is not None else [None] * 3
+    return [build.call(F.linear, x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+
+def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
+    """F.multi_head_attention_forward, which nn.MultiheadAttention calls; query (tokens, batch, embed)."""
+    defaults = {"training": True, "need_weights": True, "is_causal": False, "add_zero_attn": False}
+    args = _bind(node, MHA_ARGUMENTS, {**defaults, "use_separate_proj_weight": False})
+    anchor, obstacle = _first_result(node, live)
+    if (
+        anchor is None
+        or tensor(anchor) is None
+        or any(tensor(args[name]) is None for name in ("query", "key", "value"))
+    ):
+        return None
+    query = tensor(args["query"])
+    if query is None or query.dim() != 3:
+        return None
+    for name in ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask"):
+        if args[name] is not None:
+            obstacle = obstacle or f"{name}: needs none"
+    if args["add_zero_attn"]:
+        obstacle = obstacle or "add_zero_attn: needs False"
+    if tensor(args["key"]).shape[1] != query.shape[1]:  # type: ignore[union-attr]
+        obstacle = obstacle or "batch: needs the same on query and key"
+    is_causal = args["attn_mask"] is not None and args["is_causal"] and not args["need_weights"]
+    mask = None
+    if args["attn_mask"] is not None and not is_causal:
+        lengths = query.shape[0], tensor(args["key"]).shape[0]  # type: ignore[union-attr]
+        seen = masks.recognise(args["attn_mask"], *lengths, true_means_masked=True)
+        is_causal = seen == masks.CAUSAL
+        mask = None if seen else masks.describe(args["attn_mask"])
+    site = _site(
+        anchor,
+        node,
+        "nn.MultiheadAttention",
+        args,
+        batch_first=False,
+        is_causal=is_causal,
+        mask=mask,
+        dropout_p=args["dropout_p"] if args["training"] else 0.0,
+        obstacle=obstacle,
+    )
+
+    def emit(build: Builder, attend: Attend) -> fx.Node:
+        inputs = [args["query"], args["key"], args["value"]]
+        if args["use_separate_proj_weight"]:
+            bias = args["in_proj_bias"]
+            parts = build.call(torch.chunk, bias, 3) if bias is not None else None
+            projected = []
+            for i, (x, name) in enumerate(zip(inputs, ("q", "k", "v"), strict=True)):
+                own = build.call(operator.getitem, parts, i) if parts is not None else None
+                projected.append(build.call(F.linear, x, args[f"{name}_proj_weight"], own))
+        else:
+            projected = _project(build, inputs, args["in_proj_weight"], args["in_proj_bias"])
+        heads = [_split_heads(build, x, args["num_heads"], batch_first=False) for x in projected]
+        merged = _merge_heads(build, attend(build, *heads), batch_first=False)
+        return build.call(F.linear, merged, args["out_proj_weight"], args["out_proj_bias"])
+
+    return Match(site, anchor, emit, tokens_first=True)
+
+
+def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
+    """torch._native_multi_head_attention; query (batch, tokens, embed)."""
+    args = _bind(node, NATIVE_ARGUMENTS, {"need_weights": True})
+    anchor, obstacle = _first_result(node, live)
+    if anchor is None or tensor(anchor) is None or tensor(args["query"]) is None or tensor(args["key"]) is None:
+        return None
+    mask = None if args["mask"] is None else masks.describe(args["mask"])
+    site = _site(anchor, node, "nn.MultiheadAttention", args, batch_first=True, mask=mask, obstacle=obstacle)
+
+    def emit(build: Builder, attend: Attend) -> fx.Node:
+        inputs = [args["query"], args["key"], args["value"]]
+        return _attention(build, attend, inputs, args)
+
+    return Match(site, anchor, emit, tokens_first=True)
+
+
+def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
+    """torch._transformer_encoder_layer_fwd; src (batch, tokens, embed)."""
+    args = _bind(node, LAYER_ARGUMENTS, {})
+    src, out = tensor(args["src"]), tensor(node)
+    if src is None or out is None or src.is_nested or src.dim() != 3:
+        return None
+    args["query"] = args["key"] = args["src"]
+    mask = None if args["mask"] is None else masks.describe(args["mask"])
+    site = _site(node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask)
+
+    def emit(build: Builder, attend: Attend) -> fx.Node:
+        def norm(x: fx.Node, which: int) -> fx.Node:
+            weight, bias = args[f"norm_weight_{which}"], args[f"norm_bias_{which}"]
+            return build.call(F.layer_norm, x, (args["embed_dim"],), weight, bias, args["eps"])
+
+        def attention(x: fx.Node) -> fx.Node:
+            return _attention(build, attend, [x, x, x], args)
+
+        def feed_forward(x: fx.Node) -> fx.Node:
+            wide = build.call(F.linear, x, args["ffn_weight_1"], args["ffn_bias_1"])
+            wide = build.call(F.gelu if args["use_gelu"] else F.relu, wide)
+            return build.call(F.linear, wide, args["ffn_weight_2"], args["ffn_bias_2"])
+
+        x = args["src"]
+        for which, block in ((1, attention), (2, feed_forward)):
+            if args["norm_first"]:
+                x = build.call(torch.add, x, block(norm(x, which)))
+            else:
+                x = norm(build.call(torch.add, x, block(x)), which)
+        return x
+
+    return Match(site, node, emit, tokens_first=True)
+
+
+def _attention(build: Builder, attend: Attend, inputs: list[fx.Node], args: dict[str, Any]) -> fx.Node:
+    """Packed projections, heads, attention, output projection, on (batch, tokens, embed)."""
+    projected = _project(build, inputs, args["qkv_weight"], args["qkv_bias"])
+    heads = [_split_heads(build, x, args["num_heads"], batch_first=True) for x in projected]
+    merged = _merge_heads(build, attend(build, *heads), batch_first=True)
+    return build.call(F.linear, merged, args["proj_weight"], args["proj_bias"])

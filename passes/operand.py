@@ -1,0 +1,162 @@
+"""Q, K or V of a site as the graph has it, and how to bring it to (batch, heads, tokens, head_dim).
+
+In: the node that a matmul or SDPA reads, with the order of its dims. Out: an Operand whose transposes are peeled off
+and whose `repeat_kv` is undone, so that K and V are quantized once per KV head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import Builder, argument, calls, tensor
+
+
+@dataclass(frozen=True)
+class Operand:
+    """`node`, whose dim `order[i]` is dim i of (batch..., tokens, head_dim), with zero, one or two batch dims."""
+
+    node: fx.Node
+    order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """(batch, heads, tokens, head_dim); dims that the model does not have are 1."""
+        found = tensor(self.node)
+        assert found is not None
+        sizes = [found.shape[dim] for dim in self.order]
+        batch, last = sizes[:-2], sizes[-2:]
+        return (*batch, *([1] * (2 - len(batch))), *last)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found = tensor(self.node)
+        assert found is not None
+        return found.dtype
+
+    def emit(self, build: Builder, dtype: torch.dtype) -> fx.Node:
+        """A node of shape (batch, heads, tokens, head_dim) in `dtype`, by views and, under autocast, a cast."""
+        node = self.node
+        if self.dtype != dtype:
+            node = build.call(torch.Tensor.to, node, dtype)
+        if self.order != tuple(range(len(self.order))):
+            node = build.call(torch.permute, node, self.order)
+        for _ in range(4 - len(self.order)):
+            node = build.call(torch.unsqueeze, node, -3)
+        return node
+
+
+def standard(node: fx.Node) -> Operand:
+    """The node as SDPA reads it: (batch..., tokens, head_dim)."""
+    found = tensor(node)
+    assert found is not None
+    return peel(Operand(node, tuple(range(found.dim()))))
+
+
+def peel(operand: Operand) -> Operand:
+    """Fold the transposes in front of the operand into its order."""
+    while True:
+        node, found = operand.node, tensor(operand.node)
+        assert found is not None
+        permutation = _permutation(node, found.dim())
+        if permutation is None:
+            return operand
+        operand = Operand(node.args[0], tuple(permutation[dim] for dim in operand.order))  # type: ignore[arg-type]
+
+
+def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
+    """p such that dim i of the node is dim p[i] of its input, if the node only transposes."""
+    order = list(range(rank))
+    if calls(node, "transpose", "swapaxes", "swapdims"):
+        a, b = argument(node, 1, "dim0"), argument(node, 2, "dim1")
+        if not (isinstance(a, int) and isinstance(b, int)):
+            return None
+        order[a], order[b] = order[b], order[a]
+    elif calls(node, "permute"):
+        dims = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
+        if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) for dim in dims):
+            return None
+        order = [dim % rank for dim in dims]
+    elif calls(node, "getattr") and node.args[1] in ("mT", "T") and (node.args[1] == "mT" or rank == 2):
+        order[-1], order[-2] = order[-2], order[-1]
+    elif calls(node, "t") and rank == 2:
+        order = [1, 0]
+    else:
+        return None
+    source = node.args[0]
+    return tuple(order) if isinstance(source, fx.Node) and tensor(source) is not None else None
+
+
+def undo_repeats(k: Operand, v: Operand) -> tuple[Operand, Operand]:
+    """K and V before each KV head was repeated for its group of query heads, if both were, alike."""
+    base_k, base_v = _undo_repeat(k), _undo_repeat(v)
+    if base_k is None or base_v is None or str(base_k.shape[1]) != str(base_v.shape[1]):
+        return k, v
+    return base_k, base_v
+
+
+def _undo_repeat(operand: Operand) -> Operand | None:
+    if len(operand.order) != 4:
+        return None
+    heads = operand.order[1]
+    base = _repeat_interleaved(operand.node, heads) or _expanded_and_merged(operand.node, heads)
+    base = base or _expanded(operand.node, heads)
+    if base is None or tensor(base) is None:
+        return None
+    return peel(Operand(base, operand.order))
+
+
+def _repeat_interleaved(node: fx.Node, heads: int) -> fx.Node | None:
+    """x of `x.repeat_interleave(n, dim=heads)`."""
+    if not calls(node, "repeat_interleave") or not isinstance(argument(node, 1, "repeats"), int):
+        return None
+    dim, source = argument(node, 2, "dim"), node.args[0]
+    return source if isinstance(source, fx.Node) and isinstance(dim, int) and dim % 4 == heads else None
+
+
+def _expanded_and_merged(node: fx.Node, heads: int) -> fx.Node | None:
+    """x of `x[:, :, None].expand(..., n, ...).reshape(...)`: a new dim behind the heads, repeated and merged into them."""
+    if not calls(node, "reshape", "view", "flatten") or not calls(node.args[0], "expand", "expand_as"):
+        return None
+    expand: fx.Node = node.args[0]  # type: ignore[assignment]
+    unsqueezed = expand.args[0]
+    if not calls(unsqueezed, "getitem", "unsqueeze"):
+        return None
+    source = unsqueezed.args[0]  # type: ignore[union-attr]
+    whole, merged, wide, base = tensor(expand), tensor(node), tensor(unsqueezed), tensor(source)
+    if whole is None or merged is None or wide is None or base is None or whole.dim() != 5 or base.dim() != 4:
+        return None
+    sizes = [str(size) for size in base.shape]
+    with_one = [*sizes[: heads + 1], "1", *sizes[heads + 1 :]]
+    repeats = whole.shape[heads + 1]
+    repeated = [*sizes[: heads + 1], str(repeats), *sizes[heads + 1 :]]
+    joined = [str(size) for size in merged.shape]
+    same_but_heads = joined[:heads] + joined[heads + 1 :] == sizes[:heads] + sizes[heads + 1 :]
+    if not isinstance(repeats, int) or not same_but_heads:
+        return None
+    fits = [str(s) for s in wide.shape] == with_one and [str(s) for s in whole.shape] == repeated
+    return source if fits and _adds_dim(unsqueezed, heads + 1) else None  # type: ignore[return-value, arg-type]
+
+
+def _adds_dim(node: fx.Node, dim: int) -> bool:
+    """Whether the node only adds one dim of size 1 at `dim` to a 4-dim tensor."""
+    index = argument(node, 1, "dim")
+    if calls(node, "unsqueeze"):
+        return isinstance(index, int) and index % 5 == dim
+    if not isinstance(index, tuple) or index.count(None) != 1 or Ellipsis in index:
+        return False
+    return index.index(None) == dim and all(item is None or item == slice(None) for item in index)
+
+
+def _expanded(node: fx.Node, heads: int) -> fx.Node | None:
+    """x of `x.expand(...)` where only the heads grew, from 1."""
+    if not calls(node, "expand", "expand_as"):
+        return None
+    whole, base = tensor(node), tensor(node.args[0])
+    if whole is None or base is None or base.dim() != 4 or str(base.shape[heads]) != "1":
+        return None
+    grown = [dim for dim in range(4) if str(whole.shape[dim]) != str(base.shape[dim])]
+    return node.args[0] if grown == [heads] else None  # type: ignore[return-value]

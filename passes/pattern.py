@@ -1,0 +1,98 @@
+"""What the files for the single spellings share: a Match, and the facts that every site has.
+
+In: the operands of an attention call. Out: its AttentionSite, and obstacles that the shapes or the graph around it raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sagecompile.site import AttentionSite
+
+from .graph import Builder, module_path, mutates, source_line, tensor
+from .operand import Operand
+
+Attend = Callable[[Builder, fx.Node, fx.Node, fx.Node], fx.Node]
+"""Inserts the attention op on q, k, v of shape (batch, heads, tokens, head_dim)."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site, the node whose value it produces, and how to insert what computes that value instead."""
+
+    site: AttentionSite
+    anchor: fx.Node
+    emit: Callable[[Builder, Attend], fx.Node]
+    tokens_first: bool
+    """Whether the value lies in memory as (batch, tokens, heads, head_dim); else (batch, heads, tokens, head_dim)."""
+
+
+def make_site(
+    node: fx.Node, spelling: str, q: Operand, k: Operand, v: Operand, dtype: torch.dtype, **facts: Any
+) -> AttentionSite:
+    """The site of the call at `node`, from its operands."""
+    batch, heads, q_len, head_dim = q.shape
+    _, kv_heads, kv_len, _ = k.shape
+    found = tensor(q.node)
+    assert found is not None
+    return AttentionSite(
+        name=module_path(node),
+        source=source_line(node),
+        spelling=spelling,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        value_dim=v.shape[3],
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(found.device),
+        **facts,
+    )
+
+
+def squeeze_to(build: Builder, node: fx.Node, rank: int) -> fx.Node:
+    """Drop the batch dims that `Operand.emit` added."""
+    for _ in range(4 - rank):
+        node = build.call(torch.squeeze, node, rank - 2 if rank >= 2 else 0)
+    return node
+
+
+def tokens_first(out: torch.Tensor, order: tuple[int, ...] = (0, 1, 2, 3)) -> bool:
+    """Whether a result lies in memory with the heads inside the tokens, as SDPA's fused kernels return it.
+
+    Dim i of `out` is dim order[i] of (batch, heads, tokens, head_dim).
+    """
+    return out.dim() == 4 and str(out.stride(order.index(2))) != str(out.shape[order.index(3)])
+
+
+def shape_obstacle(q: Operand, k: Operand, v: Operand) -> str | None:
+    """What in the ranks and batch dims is not (batch, heads, tokens, head_dim) on all three."""
+    ranks = [len(operand.order) for operand in (q, k, v)]
+    if max(ranks) > 4 or len(set(ranks)) != 1:
+        return f"{max(ranks)} dims: needs (batch, heads, tokens, head_dim), or fewer, on q, k and v alike"
+    batches = [str(operand.shape[0]) for operand in (q, k, v)]
+    if len(set(batches)) != 1:
+        return f"batch {' and '.join(dict.fromkeys(batches))}: needs the same on q, k and v"
+    if str(k.shape[2]) != str(v.shape[2]) or str(k.shape[1]) != str(v.shape[1]):
+        return f"k and v of {k.shape[1]}x{k.shape[2]} and {v.shape[1]}x{v.shape[2]}: needs equal heads and tokens"
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if str(heads) != str(kv_heads) and heads % kv_heads != 0:
+        return f"heads {heads} on {kv_heads}: needs a multiple"
+    return None
+
+
+def mutation_between(first: fx.Node, last: fx.Node, own: set[fx.Node]) -> str | None:
+    """A call that changes a tensor while the site is under way: then the fused call would read it too late."""
+    node = first.next
+    while node is not last and node.op != "root":
+        if node not in own and mutates(node):
+            return f"in-place {node.name}: needs none between the scores and the result"
+        node = node.next
+    return None

@@ -1,0 +1,125 @@
+"""`torch.compile(model, backend="sage_inductor")`: our pass over the graph, then Inductor; and `explain`.
+
+In: a Dynamo graph with example inputs, torch.compile's mode and options. Out: what Inductor compiles of the rewritten
+graph. The backend is found through the `torch_dynamo_backends` entry point, so nothing of ours need be imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from sagecompile import passes, report, settings
+from sagecompile.decide import Decision, decide
+from sagecompile.kernels import available
+from sagecompile.report import Report
+from sagecompile.settings import Settings
+from sagecompile.site import AttentionSite
+
+logger = logging.getLogger("sagecompile")
+
+PASS_SLOTS = (
+    "post_grad_custom_post_pass",
+    "post_grad_custom_pre_pass",
+    "joint_custom_post_pass",
+    "joint_custom_pre_pass",
+)
+"""Inductor options that hold one custom pass each; the first that the user left free carries our source stamp."""
+
+
+def sage_inductor(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite the attention calls of `gm` where that is decided, then compile it with Inductor.
+
+    `mode` and every option without the prefix `sage.` go to Inductor as they are. Raises OptionError for an unknown
+    or impossible `sage.` option.
+    """
+    ours, inductor_options = settings.resolve(options)
+    inductor = torch._TorchCompileInductorWrapper(mode, _with_source_stamp(inductor_options), None)
+    cuda_graphs = bool(inductor.get_compiler_config()["triton.cudagraphs"])
+    done = passes.run(gm, decider(ours, cuda_graphs))
+    if done.entries:
+        logger.info(done.summary())
+        logger.debug("\n%s", done)
+    report.record(done)
+    return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Decision]:
+    """`decide` for this machine; `cuda_graphs`: whether Inductor will capture the graph."""
+
+    def can_run(site: AttentionSite, format: str, provider: str) -> str | None:
+        return available.refusal(site, format, provider, cuda_graphs)
+
+    return lambda site: decide(site, available.device(site.device), ours, can_run)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run `model(*args, **kwargs)` once, uncompiled, and report every attention call: used or kept, and why.
+
+    A model that torch.compile returned with `backend="sage_inductor"` is explained with the options it was given, any
+    other callable with those of the environment. The graphs that run are the model's own: nothing is rewritten.
+    """
+    options = _options_of(model)
+    ours, inductor_options = settings.resolve(options.get("options"))
+    inductor = torch._TorchCompileInductorWrapper(options.get("mode"), inductor_options, None)
+    decision = decider(ours, bool(inductor.get_compiler_config()["triton.cudagraphs"]))
+    found = Report(graphs=0)
+
+    def look(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal found
+        entries = tuple(report.Entry(match.site, decision(match.site)) for match in passes.find(gm.graph))
+        found += Report(entries)
+        return gm.forward
+
+    original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
+    torch.compile(original, backend=look)(*args, **kwargs)
+    return found
+
+
+def _options_of(model: Any) -> dict[str, Any]:
+    """The `mode` and `options` that torch.compile was given with our backend, {} for any other model."""
+    context = getattr(model, "dynamo_ctx", None)
+    backend = getattr(getattr(context, "callback", None), "_torchdynamo_orig_backend", None)
+    return dict(getattr(backend, "kwargs", {}))
+
+
+class SourceStamp(CustomGraphPass):
+    """A pass that changes nothing: its uuid puts our sources into the key of Inductor's and AOTAutograd's caches."""
+
+    def __call__(self, graph: Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return _source_hash()
+
+
+@cache
+def _source_hash() -> str:
+    """Of every Python file of the package, so that a graph compiled by other sources is never served."""
+    digest = hashlib.sha256()
+    for root in (Path(__file__).parent, Path(passes.__file__).parent):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return f"sagecompile-{digest.hexdigest()}"
+
+
+def _with_source_stamp(options: dict[str, Any]) -> dict[str, Any]:
+    defaults = torch._inductor.config
+    for slot in PASS_SLOTS:
+        if options.get(slot) is None and getattr(defaults, slot) is None:
+            return {**options, slot: SourceStamp()}
+    return options

@@ -1,0 +1,131 @@
+"""Decide, for one attention call, whether a quantized kernel replaces it.
+
+In: an AttentionSite, the settings, what is known about the device. Out: Use(...) or Keep(reason). First what is legal
+(a list of limits, each with its reason), then what is faster (a prediction). No torch op runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .cost import Prediction, predict
+from .formats import FORMATS, PROVIDERS, Format
+from .settings import Settings
+from .site import AttentionSite, Device
+
+
+@dataclass(frozen=True)
+class Use:
+    """Replace the call: `format` run by `provider`."""
+
+    format: str
+    provider: str
+    prediction: Prediction | None = None
+    """None under `policy=always` where nothing is known."""
+
+    @property
+    def reason(self) -> str:
+        if self.prediction is None:
+            return "policy=always (speed not measured here)"
+        return f"{self.prediction.speedup:.2f}x predicted ({self.prediction.basis})"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Leave the call as it is. The reason reads `cause value: what is needed`."""
+
+    reason: str
+
+    @property
+    def cause(self) -> str:
+        """The reason's first part, short enough to count by: `head_dim 256`."""
+        return self.reason.partition(":")[0]
+
+
+Decision = Use | Keep
+
+CanRun = Callable[[AttentionSite, str, str], str | None]
+"""(site, format, provider) to None if that provider can run it, else the reason why not."""
+
+
+def decide(site: AttentionSite, device: Device, settings: Settings, can_run: CanRun) -> Decision:
+    """Use or Keep for one site. Comparing a symbolic size here adds a Dynamo guard, which is what makes it hold."""
+    if settings.policy == "never":
+        return Keep("policy=never: set sage.policy to auto or always")
+    for refusal in _site_limits(site):
+        return Keep(refusal)
+    refusals: list[str] = []
+    candidates: list[Use] = []
+    for name in settings.formats:
+        refused = _format_limit(site, FORMATS[name], device)
+        if refused:
+            refusals.append(refused)
+            continue
+        for provider in PROVIDERS.values():
+            if device.type in provider.devices and name in provider.formats:
+                candidates.append(Use(name, provider.name, predict(site, name, provider.name, device.name)))
+    if settings.policy == "auto":
+        candidates, slow = _predicted_wins(candidates, device, settings)
+        refusals.extend(slow)
+    for use in sorted(candidates, key=_by_prediction):
+        refused = can_run(site, use.format, use.provider)
+        if refused is None:
+            return use
+        refusals.append(refused)
+    return Keep("; ".join(dict.fromkeys(refusals)) or f"device {device.type}: no provider runs on it")
+
+
+def _by_prediction(use: Use) -> float:
+    """The largest predicted speed-up first; what is not predicted keeps its order, last."""
+    return -use.prediction.speedup if use.prediction else 0.0
+
+
+def _predicted_wins(candidates: list[Use], device: Device, settings: Settings) -> tuple[list[Use], list[str]]:
+    wins, refusals = [], []
+    for use in candidates:
+        if use.prediction is None:
+            refusals.append(
+                f"not measured: {use.format} by {use.provider} on {device.name}; "
+                "sage.policy=always uses it without a measurement"
+            )
+        elif use.prediction.speedup < settings.min_speedup:
+            refusals.append(
+                f"predicted {use.prediction.speedup:.2f}x: {use.format} by {use.provider} needs "
+                f"{settings.min_speedup:.2f}x ({use.prediction.basis})"
+            )
+        else:
+            wins.append(use)
+    return wins, refusals
+
+
+def _site_limits(site: AttentionSite) -> Iterator[str]:
+    """What no format can do, whatever the device."""
+    if site.obstacle:
+        yield site.obstacle
+    if site.needs_grad:
+        yield "needs a gradient: run under torch.inference_mode() or torch.no_grad()"
+    if site.dropout_p != 0.0:
+        yield f"dropout_p {site.dropout_p:g}: needs 0 (model.eval())"
+    if site.mask is not None:
+        yield f"mask {site.mask}: needs none, or one that the graph shows to be causal"
+    if site.value_dim != site.head_dim:
+        yield f"value head_dim {site.value_dim}: needs q's and k's, {site.head_dim}"
+    for what, size in (("batch", site.batch), ("heads", site.heads), ("q_len", site.q_len), ("kv_len", site.kv_len)):
+        if size == 0:
+            yield f"{what} 0: nothing to compute"
+
+
+def _format_limit(site: AttentionSite, row: Format, device: Device) -> str | None:
+    """What this format cannot do."""
+    if site.dtype not in row.dtypes:
+        return f"dtype {site.dtype}: needs {', '.join(row.dtypes)}"
+    if site.head_dim > row.max_head_dim:
+        return f"head_dim {site.head_dim}: needs at most {row.max_head_dim}"
+    capability = device.compute_capability
+    if capability is not None and capability < row.compute_capability:
+        return (
+            f"compute capability {capability[0]}.{capability[1]}: {row.name} needs "
+            f"{row.compute_capability[0]}.{row.compute_capability[1]}"
+        )
+    return None

@@ -1,0 +1,81 @@
+"""The table of formats (ways to quantize attention) and of providers (who can run them): facts only.
+
+In: nothing. Out: `FORMATS` and `PROVIDERS`, one row each, that `decide` checks a site against and `doctor` prints.
+No torch here: dtypes and devices are names, so that the table can be read and tested anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to quantize attention."""
+
+    name: str
+    summary: str
+    max_head_dim: int
+    """Head dims up to this one; those between the native ones are padded inside the kernel."""
+    native_head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    """Of q, k and v, which must agree, and of the result."""
+    compute_capability: tuple[int, int]
+    """The least one, on CUDA devices."""
+    masks: tuple[str, ...]
+    causal_alignments: tuple[str, ...]
+    """`top_left` is SDPA's: query i sees keys j <= i, also when the lengths differ."""
+    cuda_graphs: bool
+    """Whether it can be captured in a CUDA graph (a provider may still be unable to)."""
+    error_bound: float
+    """Relative L2 error against float64 for N(0,1) q, k, v with a bias of 3 on every channel of k."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who runs a format."""
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    """Device types that `decide` offers it on."""
+    formats: tuple[str, ...]
+
+
+_COMMON = {
+    "max_head_dim": 128,
+    "native_head_dims": (64, 96, 128),
+    "dtypes": ("float16", "bfloat16", "float32"),
+    "masks": ("none",),
+    "causal_alignments": ("top_left",),
+    "cuda_graphs": True,
+}
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format(
+            name="qk_int8_pv_fp16",
+            summary="INT8 QK^T with smoothed K, PV in 16 bits: accurate",
+            compute_capability=(8, 0),
+            error_bound=0.02,
+            **_COMMON,  # type: ignore[arg-type]
+        ),
+        Format(
+            name="qk_int8_pv_fp8",
+            summary="INT8 QK^T with smoothed K, PV in FP8 (e4m3): fast",
+            compute_capability=(8, 9),
+            error_bound=0.045,
+            **_COMMON,  # type: ignore[arg-type]
+        ),
+    )
+}
+
+PROVIDERS: dict[str, Provider] = {
+    row.name: row
+    for row in (
+        Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
+        Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
+        Provider("reference", "plain torch: the specification, not fast", ("cpu",), tuple(FORMATS)),
+    )
+}

@@ -1,0 +1,15 @@
+"""The kernels behind the op: one module a provider, imported when first asked for.
+
+In: a provider's name. Out: its launcher. Who is there and can run what is found out in `available`, in that one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+
+def launcher(provider: str) -> Callable[..., None]:
+    """`attention(q, k, v, out, *, scale, is_causal, format)` of a provider that has kernels of its own."""
+    launch: Callable[..., None] = import_module(f"{__name__}.{provider}").attention
+    return launch

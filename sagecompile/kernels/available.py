@@ -1,0 +1,103 @@
+"""Find out what this machine can run: the only place where anything is detected or tried.
+
+In: a device, a provider, a site. Out: facts (`Device`), or the reason why not as text. A kernel is trusted after a trial
+on this very device: built, launched, and compared with SDPA, once for each combination that compiles differently.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.site import AttentionSite, Device
+
+from . import launcher
+
+logger = logging.getLogger("sagecompile")
+
+TRIAL_TOKENS = 200
+"""Of the trial: not a whole number of any kernel's blocks, so that tails are tried too."""
+
+
+@cache
+def device(name: str) -> Device:
+    """The facts of a torch device such as `cuda:0`."""
+    found = torch.device(name)
+    if found.type == "cuda":
+        return Device("cuda", torch.cuda.get_device_name(found), torch.cuda.get_device_capability(found))
+    return Device(found.type, _cpu_name() if found.type == "cpu" else found.type)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(provider: str) -> str | None:
+    """Of the package that a provider needs, None if it is not installed; our own plain torch has torch's."""
+    try:
+        return metadata.version({"reference": "torch"}.get(provider, provider))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
+    """Why this provider cannot run this site in this format here, or None if it can."""
+    if provider == "reference":
+        return None
+    if version(provider) is None:
+        return f"{provider} not installed: pip install {provider}"
+    where = device(site.device)
+    if provider == "sageattention":
+        from . import sageattention
+
+        limit = sageattention.limit(site, format, where, cuda_graphs)
+        if limit is not None:
+            return limit
+    padded = min((d for d in FORMATS[format].native_head_dims if d >= site.head_dim), default=0)
+    return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
+
+
+@cache
+def _trial(provider: str, format: str, device_name: str, head_dim: int, dtype: str, is_causal: bool) -> str | None:
+    """Build and launch the kernel on a small input and compare it with SDPA; the failure as text, or None."""
+    try:
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            error = _trial_error(provider, format, torch.device(device_name), head_dim, dtype, is_causal)
+    # Broad on purpose: whatever a broken package, compiler or driver raises, the model must still run without us.
+    except Exception as failure:
+        reason = f"{provider} failed: {type(failure).__name__}: {str(failure).strip() or 'no message'}"
+        logger.warning("%s by %s cannot run on %s, its sites are kept: %s", format, provider, device_name, reason)
+        return reason
+    bound = 2 * FORMATS[format].error_bound
+    if error <= bound:
+        return None
+    reason = f"{provider} wrong: relative error {error:.3g} in a trial, needs at most {bound:g}"
+    logger.warning("%s by %s cannot be trusted on %s, its sites are kept: %s", format, provider, device_name, reason)
+    return reason
+
+
+def _trial_error(provider: str, format: str, where: torch.device, head_dim: int, dtype: str, is_causal: bool) -> float:
+    generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay as they are
+    tokens = 256 if provider == "sageattention" else TRIAL_TOKENS  # that package is used on whole blocks only
+    shape = (3, 1, 2, tokens, head_dim)
+    q, k, v = torch.randn(shape, generator=generator).to(where, getattr(torch, dtype))
+    out = torch.empty_like(q)
+    launcher(provider)(q, k, v, out, scale=head_dim**-0.5, is_causal=is_causal, format=format)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+    return float((out.float() - expected).norm() / expected.norm())
+
+
+def summary() -> list[tuple[str, str, str]]:
+    """(provider, version or state, what it is), for `sagecompile doctor`."""
+    return [(row.name, version(row.name) or "not installed", row.summary) for row in PROVIDERS.values()]

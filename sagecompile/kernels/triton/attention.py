@@ -1,0 +1,232 @@
+"""Attention on quantized Q, K and V: INT8 QK^T, softmax in float32, PV in 16-bit or FP8.
+
+In: q, k, v as the caller has them. Out: `out`, wholly written.
+Why in this shape: quantize once, then a FlashAttention loop (https://arxiv.org/abs/2307.08691) over 8-bit tiles, then an exact kernel for the heads
+that hold NaN or Inf. Everything is enqueued on the current stream and nothing is read back, so CUDA graphs can capture it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .exact import recompute_flagged
+from .quantize import BLOCK, E4M3_MAX, SMALLEST_AMAX, Quantized, padded_head_dim, quantize, token_at
+
+FORMATS = {"qk_int8_pv_fp16": (8, 0), "qk_int8_pv_fp8": (8, 9)}
+"""Format -> lowest CUDA compute capability that runs it."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Tile(NamedTuple):
+    """How one program of the kernel is cut: query rows, keys in one step, warps, and steps of K and V kept in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Rows and keys divide BLOCK. At two or three stages every tile stays below the 99 KiB of shared memory of sm86, sm89 and sm120.
+TILES = {
+    ("qk_int8_pv_fp16", 64): Tile(128, 64, 4, 3),
+    ("qk_int8_pv_fp16", 96): Tile(128, 64, 8, 3),
+    ("qk_int8_pv_fp16", 128): Tile(128, 64, 8, 3),
+    ("qk_int8_pv_fp8", 64): Tile(64, 128, 4, 2),
+    ("qk_int8_pv_fp8", 96): Tile(64, 128, 4, 2),
+    ("qk_int8_pv_fp8", 128): Tile(64, 128, 4, 2),
+}
+
+_BLOCK = tl.constexpr(BLOCK)
+_MAGIC_BITS = tl.constexpr(
+    0x4B400000
+)  # the bits of 12582912.0 = 1.5 * 2^23: adding an integer below 2^22 to them gives the bits of the sum
+_MAGIC = tl.constexpr(12582912.0)
+_P_SHIFT = tl.constexpr(
+    8.0
+)  # P is at most 2^8 in FP8: inside e4m3's range (448), with 2^-17 of the maximum still above zero
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool, format: str
+) -> None:
+    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
+
+    q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
+    """
+    _check(q, k, v, out, format)
+    with torch.cuda.device_of(q):
+        quantized = quantize(q, k, v, scale=scale, fp8=format == "qk_int8_pv_fp8")
+        _launch(quantized, out, k.shape, is_causal=is_causal, format=format)
+        recompute_flagged(q, k, v, out, quantized.flags, scale=scale, is_causal=is_causal)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or out.shape != q.shape:
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape)}" for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)
+        )
+        raise ValueError(f"{shapes}: q and out must be (B, Hq, Nq, D), k and v (B, Hkv, Nk, D)")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: B and D must be equal and Hq a multiple of Hkv")
+    if min(q.shape) < 1 or k.shape[2] < 1 or q.shape[3] > 128:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: every size must be at least 1, and D at most 128")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {DTYPES} for all four")
+    if not q.device == k.device == v.device == out.device:
+        raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need one device")
+
+
+def _launch(quantized: Quantized, out: torch.Tensor, kv_shape: torch.Size, *, is_causal: bool, format: str) -> None:
+    batch, q_heads, q_len, head_dim = out.shape
+    kv_heads, kv_len = kv_shape[1:3]
+    width = padded_head_dim(head_dim)
+    tile = TILES[format, width]
+    _attend[(batch * q_heads * triton.cdiv(q_len, tile.rows),)](
+        quantized.q, quantized.q_factor, quantized.k, quantized.k_scale, quantized.v, quantized.v_amax, quantized.flags, out,
+        q_heads, q_heads // kv_heads, q_len, kv_len, head_dim, *out.stride(),
+        IS_CAUSAL=is_causal, FP8=format == "qk_int8_pv_fp8", D0=64 if width == 96 else width, D1=32 if width == 96 else 0,
+        ROWS=tile.rows, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _key_tile(
+    acc0, acc1, row_max, row_sum, start, q0, q1, q_factor, rows, K, k_scale_ptr, V, kv_len, kv_padded,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, FP8: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over keys [start, start + KEYS)."""
+    keys = tl.arange(0, KEYS)
+    # The scores arrive as the floats 12582912 + score (|score| <= 127 * 127 * 128 < 2^22): no conversion, and the offset leaves
+    # in the multiply-add that scales them. Its rounding is at most one unit of the integer score, the same for a row of the tile.
+    k_ptrs = K + tl.cast(start, tl.int64) * (D0 + D1) + keys[:, None] * (D0 + D1)
+    scores = tl.dot(
+        q0,
+        tl.trans(tl.load(k_ptrs + tl.arange(0, D0)[None, :])),
+        acc=tl.full([ROWS, KEYS], _MAGIC_BITS, tl.int32),
+        out_dtype=tl.int32,
+    )
+    if D1:
+        scores = tl.dot(q1, tl.trans(tl.load(k_ptrs + D0 + tl.arange(0, D1)[None, :])), acc=scores, out_dtype=tl.int32)
+    scores = scores.to(tl.float32, bitcast=True)
+    factor = q_factor * tl.load(k_scale_ptr + start // _BLOCK)
+    shift: tl.constexpr = _P_SHIFT if FP8 else 0.0
+    if MASKED:
+        tokens = start + (token_at(keys) if FP8 else keys)
+        visible = (tokens < kv_len)[None, :]
+        if IS_CAUSAL:
+            visible = visible & (tokens[None, :] <= rows[:, None])
+        x = tl.where(visible, (scores - _MAGIC) * factor[:, None], float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(x, 1))
+        p = tl.math.exp2(x - (new_max - shift)[:, None])
+    else:
+        new_max = tl.maximum(row_max, (tl.max(scores, 1) - _MAGIC) * factor)
+        p = tl.math.exp2(scores * factor[:, None] - (factor * _MAGIC + new_max - shift)[:, None])
+    rescale = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc0 = acc0 * rescale[:, None]
+    if FP8:
+        # Hopper's FP8 tensor cores keep about 14 bits of their accumulator, so a running sum over a long sequence would lose every small
+        # step (DeepSeek-V3 report, https://arxiv.org/abs/2412.19437, 3.3.2). Each key tile is summed on its own and added in float32.
+        p8 = (
+            p.to(tl.float8e4nv).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+        )  # back to the order of tokens
+        v_ptrs = V + start + keys[None, :]
+        v0 = tl.trans(tl.load(v_ptrs + tl.arange(0, D0).to(tl.int64)[:, None] * kv_padded))
+        acc0 = tl.dot(p8, v0, acc0, max_num_imprecise_acc=KEYS)
+        if D1:
+            v1 = tl.trans(tl.load(v_ptrs + (D0 + tl.arange(0, D1)).to(tl.int64)[:, None] * kv_padded))
+            acc1 = tl.dot(p8, v1, acc1 * rescale[:, None], max_num_imprecise_acc=KEYS)
+    else:
+        p16 = p.to(V.dtype.element_ty)
+        v_ptrs = V + tl.cast(start, tl.int64) * (D0 + D1) + keys[:, None] * (D0 + D1)
+        acc0 = tl.dot(p16, tl.load(v_ptrs + tl.arange(0, D0)[None, :]), acc0)
+        if D1:
+            acc1 = tl.dot(p16, tl.load(v_ptrs + D0 + tl.arange(0, D1)[None, :]), acc1 * rescale[:, None])
+    return acc0, acc1, new_max, row_sum
+
+
+@triton.jit
+def _store_columns(
+    OUT, V_AMAX, acc, row_sum, rows, q_len, kv_head, head_dim, stride_n, stride_d,
+    FP8: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Normalise and store columns [FIRST, FIRST + COUNT) of the output tile."""
+    columns = FIRST + tl.arange(0, COUNT)
+    o = acc / row_sum[:, None]
+    # The result lies between the smallest and largest value of its channel; rounding P must not carry it outside and past the dtype's maximum.
+    # Comparisons, not minimum and maximum: those would turn the NaN of overflowing scores into a number.
+    if FP8:
+        limit: tl.constexpr = E4M3_MAX
+    elif OUT.dtype.element_ty == tl.float16:
+        limit: tl.constexpr = 65504.0
+    else:
+        limit: tl.constexpr = 3.3895313892515355e38
+    o = tl.where(o > limit, limit, tl.where(o < -limit, -limit, o))
+    if FP8:
+        v_amax = tl.load(V_AMAX + kv_head * head_dim + columns, mask=columns < head_dim, other=0.0)
+        o *= (tl.maximum(v_amax, SMALLEST_AMAX) / E4M3_MAX)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    tl.store(OUT + offsets, o.to(OUT.dtype.element_ty), mask=(rows < q_len)[:, None] & (columns < head_dim)[None, :])
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len"])
+def _attend(
+    Q, Q_FACTOR, K, K_SCALE, V, V_AMAX, FLAGS, OUT,
+    q_heads, group, q_len, kv_len, head_dim, stride_b, stride_h, stride_n, stride_d,
+    IS_CAUSAL: tl.constexpr, FP8: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * Hq * row tiles), one dimension because the others end at 65535. The longest causal rows come first.
+
+    The head dim is D0 + D1: 96 is 64 + 32, because Triton's shapes are powers of two. D1 is 0 otherwise.
+    """
+    row_tiles = tl.cdiv(q_len, ROWS)
+    head = (tl.program_id(0) // row_tiles).to(tl.int64)
+    kv_head = head // group
+    if tl.load(FLAGS + kv_head) != 0:  # left to the exact kernel
+        return
+    first = (row_tiles - 1 - tl.program_id(0) % row_tiles) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    q_rows = head * (tl.cdiv(q_len, _BLOCK) * _BLOCK) + rows
+    kv_padded = tl.cdiv(kv_len, _BLOCK) * _BLOCK
+    q_factor = tl.load(Q_FACTOR + q_rows)
+    q_ptrs = Q + q_rows[:, None] * (D0 + D1)
+    q0 = tl.load(q_ptrs + tl.arange(0, D0)[None, :])
+    q1 = q0
+    acc0 = tl.zeros([ROWS, D0], tl.float32)
+    acc1 = acc0
+    if D1:
+        q1 = tl.load(q_ptrs + D0 + tl.arange(0, D1)[None, :])
+        acc1 = tl.zeros([ROWS, D1], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    K += kv_head * kv_padded * (D0 + D1)
+    V += kv_head * kv_padded * (D0 + D1)
+    k_scale_ptr = K_SCALE + kv_head * (kv_padded // _BLOCK)
+
+    if IS_CAUSAL:
+        end = tl.minimum(first + ROWS, kv_len)
+        whole = tl.minimum(first + 1, kv_len) // KEYS * KEYS
+    else:
+        end = kv_len
+        whole = kv_len // KEYS * KEYS
+    for start in tl.range(0, whole, KEYS):
+        acc0, acc1, row_max, row_sum = _key_tile(
+            acc0, acc1, row_max, row_sum, start, q0, q1, q_factor, rows, K, k_scale_ptr, V, kv_len, kv_padded,
+            False, IS_CAUSAL, FP8, D0, D1, ROWS, KEYS,
+        )  # fmt: skip
+    for start in tl.range(whole, end, KEYS):
+        acc0, acc1, row_max, row_sum = _key_tile(
+            acc0, acc1, row_max, row_sum, start, q0, q1, q_factor, rows, K, k_scale_ptr, V, kv_len, kv_padded,
+            True, IS_CAUSAL, FP8, D0, D1, ROWS, KEYS,
+        )  # fmt: skip
+
+    OUT += head // q_heads * stride_b + head % q_heads * stride_h
+    _store_columns(OUT, V_AMAX, acc0, row_sum, rows, q_len, kv_head, head_dim, stride_n, stride_d, FP8, 0, D0)
+    if D1:
+        _store_columns(OUT, V_AMAX, acc1, row_sum, rows, q_len, kv_head, head_dim, stride_n, stride_d, FP8, D0, D1)

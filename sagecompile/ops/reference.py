@@ -1,0 +1,81 @@
+"""Quantized attention in plain torch: the specification of every format, on any device.
+
+In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides. Out: `out` (B, H, Nq, D), wholly written. INT8 products are
+exact, memory is bounded by working on slices of the queries, and heads with a NaN or Inf are computed by SDPA.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import quantize
+
+LOG2_E = math.log2(math.e)
+P_FP8_SCALE = 256.0
+"""P is at most 1; times this it uses e4m3's range down to 2^-17."""
+MAX_SCORES = 1 << 25
+"""Scores held at a time (128 MiB in float32)."""
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    format: str,
+) -> None:
+    """Write softmax(q k^T * scale) v into `out`; `is_causal` lets query i see the keys j <= i."""
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    # One row of queries a KV head: its group's heads one after the other, so that K and V are never repeated.
+    rows = q.reshape(batch, kv_heads, group * q_len, head_dim)
+    position = torch.arange(q_len, device=q.device).repeat(group)
+    key_position = torch.arange(kv_len, device=q.device)
+    q_int, q_scale = quantize.int8_per_token(rows)
+    k_int, k_scale = quantize.int8_per_block(quantize.smooth_k(k))
+    q_scale = q_scale * (scale * LOG2_E)
+    k_scale = k_scale.mT
+    if format == "qk_int8_pv_fp8":
+        values, v_scale = quantize.fp8_per_channel(v)
+        v_scale = v_scale / P_FP8_SCALE
+    else:
+        wide = torch.bfloat16 if v.dtype == torch.float32 else v.dtype
+        values, v_scale = v.to(wide).float(), None
+
+    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    step = max(1, MAX_SCORES // max(1, batch * kv_heads * kv_len))
+    for start in range(0, group * q_len, step):
+        part = slice(start, start + step)
+        scores = (q_int[:, :, part] @ k_int.mT) * q_scale[:, :, part] * k_scale
+        if is_causal:
+            scores.masked_fill_(key_position > position[part, None], -math.inf)
+        p = torch.exp2(scores - scores.amax(-1, keepdim=True))
+        total = p.sum(-1, keepdim=True)
+        if v_scale is not None:
+            sliced = quantize.fp8(p * P_FP8_SCALE) @ values * v_scale
+        else:
+            sliced = p.to(wide).float() @ values
+        result[:, :, part] = (sliced / total).to(result.dtype)
+    out.copy_(result.view(batch, heads, q_len, head_dim))
+    _mend_nonfinite(q, k, v, out, scale, is_causal)
+
+
+def _mend_nonfinite(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, is_causal: bool
+) -> None:
+    """Quantization spreads a NaN or Inf over a block: such heads get SDPA's own result, on GPUs without a host sync."""
+    group = q.shape[1] // k.shape[1]
+    bad_kv = ~(k.isfinite().all(-1).all(-1) & v.isfinite().all(-1).all(-1))
+    bad_q = ~q.isfinite().all(-1).all(-1).unflatten(1, (-1, group)).all(-1)
+    bad = (bad_q | bad_kv).repeat_interleave(group, 1)[:, :, None, None]
+    if q.device.type == "cpu" and not bool(bad.any()):
+        return
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=group > 1)
+    out.copy_(torch.where(bad, exact, out))

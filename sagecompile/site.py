@@ -1,0 +1,82 @@
+"""The facts of one attention call in a graph, and of the device it is on.
+
+In: what the matcher read off the FX graph. Out: an `AttentionSite`, which `decide` judges and the report prints.
+No policy here, and no torch: a symbolic size stays the SymInt it is, so that comparing it becomes a Dynamo guard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Size = Any
+"""An int, or a torch.SymInt where the graph is compiled for more than one size."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim)."""
+
+    name: str
+    """Module path, e.g. `model.layers.3.self_attn`."""
+    source: str
+    """File and line of the call, e.g. `sdpa_attention.py:193`."""
+    spelling: str
+    """How the model writes it: `sdpa`, `matmul`, `einsum`, `nn.MultiheadAttention`, ..."""
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    """Fewer than `heads` for grouped-query attention; a `repeat_kv` in front of k and v is already undone here."""
+    q_len: Size
+    kv_len: Size
+    head_dim: Size
+    value_dim: Size
+    dtype: str
+    """In which the call computes: that of q, k and v, or autocast's."""
+    device: str
+    """Type and index, e.g. `cuda:0`."""
+    is_causal: bool = False
+    mask: str | None = None
+    """What the mask is, e.g. `bool (2, 1, 40, 40)`; None without one, or if it was recognised as causal."""
+    scale: float | None = None
+    """Multiplies the scores; None is 1 / sqrt(head_dim)."""
+    dropout_p: float = 0.0
+    needs_grad: bool = False
+    obstacle: str | None = None
+    """What in the graph itself stands in the way, e.g. `attention weights: used elsewhere (by mean)`."""
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
+    def shape(self) -> str:
+        """`2x16x1024x64`, with `16/4` for 16 query heads on 4 KV heads and `512-1024` for unequal lengths."""
+        heads = f"{self.heads}" if _same(self.heads, self.kv_heads) else f"{self.heads}/{self.kv_heads}"
+        length = f"{self.q_len}" if _same(self.q_len, self.kv_len) else f"{self.q_len}-{self.kv_len}"
+        return f"{self.batch}x{heads}x{length}x{self.head_dim}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a symbolic size becomes its expression as text."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is known of the device that a site is on."""
+
+    type: str
+    """`cpu`, `cuda`, ..."""
+    name: str
+    """As the maker names it, e.g. `NVIDIA H200`: the key of the profiles."""
+    compute_capability: tuple[int, int] | None = None
+    """Of a CUDA device."""
+
+
+def _same(a: Size, b: Size) -> bool:
+    """Equal as written: compares text, because comparing two SymInts would add a guard."""
+    return str(a) == str(b)
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,137 @@
+"""The Triton kernels' arithmetic, run by Triton's interpreter on the CPU, against float64.
+
+In: small shapes, each with a reason. Out: the relative L2 error of each.
+Why: CI has no GPU. The interpreter is chosen by the environment before triton is imported, so one subprocess runs all the cases.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# name: (B, Hq, Hkv, Nq, Nk, D, dtype, causal, options)
+CASES = {
+    "one token, one channel": (1, 1, 1, 1, 1, 1, "float16", False, {}),
+    "one row past a tile, narrow head": (1, 2, 1, 129, 129, 40, "float16", True, {}),
+    "head dim 96 is two halves": (1, 2, 2, 65, 130, 96, "float16", False, {}),
+    "head dim 72 pads to 96": (1, 1, 1, 60, 70, 72, "float32", True, {}),
+    "whole tiles, group of four": (1, 4, 1, 128, 256, 128, "float16", False, {}),
+    "more queries than keys, causal": (2, 2, 2, 150, 70, 64, "float32", True, {}),
+    "more keys than queries, causal": (1, 1, 1, 70, 200, 64, "float16", True, {}),
+    "bfloat16": (1, 1, 1, 70, 100, 64, "bfloat16", True, {}),
+    "tokens before heads": (2, 2, 2, 65, 65, 64, "float16", False, {"layout": "bnhd"}),
+    "channels not contiguous": (1, 2, 2, 33, 65, 40, "float16", True, {"layout": "bhdn"}),
+    "K and V expanded over heads": (1, 4, 4, 33, 65, 64, "float16", False, {"layout": "expanded"}),
+    "negative scale": (1, 1, 1, 40, 150, 64, "float32", False, {"scale": -0.1}),
+    "scale zero": (1, 1, 1, 40, 150, 64, "float32", False, {"scale": 0.0}),
+    "all zero": (1, 1, 1, 40, 70, 64, "float32", True, {"fill": 0.0}),
+    "constant": (1, 1, 1, 40, 70, 64, "float16", True, {"fill": 60000.0}),
+    "NaN in K": (1, 2, 1, 70, 70, 64, "float32", True, {"poison": ("k", 40, float("nan"))}),
+    "NaN in Q": (1, 2, 2, 70, 70, 64, "float32", False, {"poison": ("q", 3, float("nan"))}),
+    "Inf in V": (1, 2, 2, 70, 70, 64, "float16", True, {"poison": ("v", 40, float("inf"))}),
+    "Inf in K": (1, 2, 2, 70, 70, 64, "float32", True, {"poison": ("k", 10, float("inf"))}),
+}
+LIMITS = {"qk_int8_pv_fp16": 0.02, "qk_int8_pv_fp8": 0.045}
+
+
+def correct_interpreter() -> None:
+    """Round to nearest like a GPU, and multiply bfloat16 as numbers: Triton's interpreter (3.9) truncates to 8 and 16 bits and multiplies the bits."""
+    import numpy as np
+    import torch
+    from triton.runtime import interpreter
+
+    types = {"fp8e4nv": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    carriers = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+
+    def convert(data, source, target, rounding_mode):
+        torch_carrier = carriers[types[source.name].itemsize][0]
+        bits = torch.from_numpy(np.ascontiguousarray(data)).view(torch_carrier).view(types[source.name])
+        torch_carrier, numpy_carrier = carriers[types[target.name].itemsize]
+        return bits.to(types[target.name]).view(torch_carrier).numpy().view(numpy_carrier)
+
+    def number(handle):
+        if handle.dtype.scalar.name in ("bf16", "fp8e4nv"):
+            return convert(handle.data, handle.dtype.scalar, interpreter.tl.float32, None).view(np.float32)
+        return handle.data
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(number(a), number(b), dtype=d.data.dtype) + d.data
+        return interpreter.TensorHandle(product, d.dtype.scalar)
+
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def run_case(case: str, format: str) -> dict[str, float | bool]:
+    """In the interpreter's process: the error, whether the not-finite values are where float64 has them, and whether the inputs are unchanged."""
+    import torch
+
+    from sagecompile.kernels.triton import attention
+
+    batch, q_heads, kv_heads, q_len, kv_len, dim, dtype, causal, options = CASES[case]
+    torch.manual_seed(0)
+
+    def tensor(heads: int, length: int, bias: float = 0.0) -> torch.Tensor:
+        layout = options.get("layout", "bhnd")
+        if layout == "bnhd":
+            x = torch.randn(batch, length, heads, dim).transpose(1, 2)
+        elif layout == "bhdn":
+            x = torch.randn(batch, heads, dim, length).transpose(2, 3)
+        else:
+            x = torch.randn(batch, heads, length, dim)
+        x = x + bias * torch.randn(dim)
+        if "fill" in options:
+            x = torch.full_like(x, options["fill"])
+        return x.to(getattr(torch, dtype))
+
+    q, k, v = tensor(q_heads, q_len), tensor(kv_heads, kv_len, bias=3.0), tensor(kv_heads, kv_len)
+    if options.get("layout") == "expanded":
+        k, v = (x[:, :1].expand_as(x) for x in (k, v))
+    if "poison" in options:
+        name, token, value = options["poison"]
+        {"q": q, "k": k, "v": v}[name][0, 0, token, 5] = value
+    scale = options.get("scale", dim**-0.5)
+    before = [x.clone() for x in (q, k, v)]
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    attention(q, k, v, out, scale=scale, is_causal=causal, format=format)
+
+    group = q_heads // kv_heads
+    kd, vd = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = q.double() @ kd.transpose(-1, -2) * scale
+    visible = (
+        torch.ones(q_len, kv_len, dtype=torch.bool).tril() if causal else torch.ones(q_len, kv_len, dtype=torch.bool)
+    )
+    p = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    expected = p @ vd.nan_to_num(0.0, 0.0, 0.0)
+    for value in (float("nan"), float("inf")):  # a row meets what it sees, and nothing that a mask hides from it
+        at = vd.isnan() if value != value else vd == value
+        expected[(visible.double() @ at.double()) > 0] = value
+    finite = expected.isfinite()
+    error = (out.double() - expected)[finite].norm() / expected[finite].norm().clamp_min(1e-30)
+    unchanged = all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip((q, k, v), before, strict=True))
+    return {"error": float(error), "same_places": bool((out.isfinite() == finite).all()), "unchanged": unchanged}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float | bool]]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("format", LIMITS)
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(results: dict[str, dict[str, float | bool]], case: str, format: str) -> None:
+    result = results[f"{case} / {format}"]
+    assert result["same_places"], "a value is finite where float64 has none, or the other way round"
+    assert result["unchanged"], "an input was modified"
+    assert result["error"] <= LIMITS[format]
+
+
+if __name__ == "__main__":
+    correct_interpreter()
+    print(json.dumps({f"{case} / {format}": run_case(case, format) for case in CASES for format in LIMITS}))
