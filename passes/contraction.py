@@ -7,7 +7,7 @@ whatever the order of the dims; None for any other call.
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -18,7 +18,7 @@ from .operand import Operand, peel
 
 @dataclass(frozen=True)
 class Contraction:
-    """`left_labels, right_labels -> out_labels`, one letter a dim; `factor` multiplies, `added` is added to the result."""
+    """`left_labels, right_labels -> out_labels`, one letter a dim; the result is factor * that + added_factor * added."""
 
     node: fx.Node
     spelling: str
@@ -29,21 +29,21 @@ class Contraction:
     out_labels: str
     factor: Any = 1.0
     added: fx.Node | None = None
+    added_factor: Any = 1.0
 
 
 def read(node: Any) -> Contraction | None:
     """The contraction that a node computes."""
-    if calls(node, "matmul", "bmm", "__matmul__"):
+    if calls(node, "matmul", "bmm", "mm", "__matmul__"):
         return _product(node, argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other")))
     if calls(node, "baddbmm"):
         product = _product(node, argument(node, 1, "batch1"), argument(node, 2, "batch2"))
         if product is None:
             return None
-        beta, added = argument(node, 3, "beta", 1), argument(node, 0, "input")
-        factor = argument(node, 4, "alpha", 1)
-        return Contraction(
-            **{**product.__dict__, "factor": factor, "added": None if beta == 0 else added}  # beta 0: not even read
-        )
+        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        if beta == 0:  # the added tensor is not even read
+            return replace(product, factor=alpha)
+        return replace(product, factor=alpha, added=argument(node, 0, "input"), added_factor=beta)
     if calls(node, "einsum"):
         return _einsum(node)
     return None
@@ -63,13 +63,21 @@ def _einsum(node: fx.Node) -> Contraction | None:
     equation, operands = argument(node, 0, "equation"), list(node.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or "." in equation or "->" not in equation or len(operands) != 2:
+    if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
         return None
-    inputs, out = equation.replace(" ", "").split("->")
-    labels = inputs.split(",")
     tensors = [tensor(operand) for operand in operands]
-    if len(labels) != 2 or any(found is None for found in tensors):
+    if any(found is None for found in tensors):
         return None
+    equation = equation.replace(" ", "")
+    inputs, out = equation.split("->")
+    labels = inputs.split(",")
+    if "..." in equation:  # the same leading dims on both, named by digits
+        hidden = {found.dim() - len(text) + 3 for text, found in zip(labels, tensors, strict=True)}  # type: ignore[union-attr]
+        if len(hidden) != 1 or equation.count("...") != 3:
+            return None
+        batch = string.digits[: hidden.pop()]
+        inputs, out = inputs.replace("...", batch), out.replace("...", batch)
+        labels = inputs.split(",")
     if any(len(set(text)) != len(text) for text in (*labels, out)):
         return None
     sizes: dict[str, str] = {}

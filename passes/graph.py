@@ -43,8 +43,18 @@ def name_of(target: Any) -> str:
 
 
 def calls(node: Any, *names: str) -> bool:
-    """Whether the node calls a function or method of one of these names."""
-    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and name_of(node.target) in names
+    """Whether the node calls torch's function, operator or method of one of these names, whatever namespace it is in."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return False
+    return name_of(node.target) in names and (node.op == "call_method" or _is_torchs(node.target))
+
+
+def _is_torchs(target: Any) -> bool:
+    """Not a user's function or custom op that happens to have the same name."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name).startswith("aten::")
+    home = getattr(target, "__module__", None) or "torch"  # torch's built-in functions say None
+    return home.partition(".")[0] in ("torch", "_operator", "builtins")
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -58,6 +68,8 @@ def mutates(node: fx.Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
         return node.op == "call_module"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # a Triton kernel, a subgraph: not looked into
+        return True
     if node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
@@ -65,6 +77,25 @@ def mutates(node: fx.Node) -> bool:
     if getattr(node.target, "__module__", None) == "_operator":  # and_, or_ and not_ are pure
         return False
     return name_of(node.target).endswith("_") and not name_of(node.target).endswith("__")
+
+
+def written(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors that a mutating call may change."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "call_module":
+        inputs = list(node.all_input_nodes)
+    elif isinstance(node.target, torch._ops.OpOverload):
+        schema = zip(node.target._schema.arguments, range(len(node.target._schema.arguments)), strict=True)
+        changed = [argument(node, i, item.name) for item, i in schema if item.alias_info and item.alias_info.is_write]
+        inputs = [item for item in tree_leaves(changed) if isinstance(item, fx.Node)]
+    else:
+        inputs = [argument(node, 0, "input"), *tree_leaves(node.kwargs.get("out"))]
+    return [found for found in map(tensor, inputs) if found is not None]
+
+
+def storage(found: torch.Tensor) -> int | None:
+    """Says which tensors share memory: views of one tensor have the same. None for a tensor without one memory."""
+    plain = isinstance(found, FakeTensor) and found.layout == torch.strided
+    return found.untyped_storage()._cdata if plain else None
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:

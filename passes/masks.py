@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .graph import mutates, name_of, tensor
+from .graph import calls, mutates, storage, tensor, written
 
 CAUSAL = "causal"
 NOTHING_MASKED = "nothing masked"
@@ -45,8 +45,16 @@ def recognise(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = Fals
 
     A boolean mask marks what takes part, unless `true_means_masked`; a float mask is added to the scores.
     """
-    if not (isinstance(q_len, int) and isinstance(kv_len, int)):
+    if not (isinstance(q_len, int) and isinstance(kv_len, int) and isinstance(node, fx.Node)):
         return None
+    seen = node.meta.setdefault("sagecompile_mask", {})  # all layers ask about the same mask
+    key = (q_len, kv_len, true_means_masked)
+    if key not in seen:
+        seen[key] = _recognise(node, *key)
+    return seen[key]  # type: ignore[no-any-return]
+
+
+def _recognise(node: fx.Node, q_len: int, kv_len: int, true_means_masked: bool) -> str | None:
     mask = constant(node)
     if mask is None or mask.dim() < 2 or mask.numel() == 0:
         return None
@@ -102,13 +110,16 @@ def _subgraph(node: Any) -> list[fx.Node] | None:
         item = waiting.pop()
         if item in needed:
             continue
-        pure = item.op in ("call_function", "call_method") and name_of(item.target) in PURE and not mutates(item)
         found = tensor(item)
         too_large = found is not None and not (_static(found) and found.numel() <= MAX_ELEMENTS)
-        if not pure or too_large or any(mutates(user) for user in item.users):
+        if not calls(item, *PURE) or mutates(item) or too_large:
             return None
         needed.add(item)
         waiting.extend(item.all_input_nodes)
+    memory = {storage(found) for found in map(tensor, needed) if found is not None}
+    changed = {storage(found) for item in node.graph.nodes if mutates(item) for found in written(item)}
+    if None in memory or memory & changed:
+        return None
     return [item for item in node.graph.nodes if item in needed]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import Builder, argument, calls, tensor
+from .graph import Builder, argument, calls, mutates, storage, tensor, written
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,19 @@ class Operand:
     order: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[Any, ...]:
-        """(batch, heads, tokens, head_dim); dims that the model does not have are 1."""
+    def sizes(self) -> tuple[Any, ...]:
+        """(batch..., tokens, head_dim), with as many batch dims as the model has."""
         found = tensor(self.node)
         assert found is not None
-        sizes = [found.shape[dim] for dim in self.order]
-        batch, last = sizes[:-2], sizes[-2:]
-        return (*batch, *([1] * (2 - len(batch))), *last)
+        return tuple(found.shape[dim] for dim in self.order)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """(batch, heads, tokens, head_dim); dims that the model does not have are 1, those it has too many are joined."""
+        *batch, tokens, head_dim = self.sizes
+        while len(batch) > 2:
+            batch = [batch[0] * batch[1], *batch[2:]]
+        return (*batch, *([1] * (2 - len(batch))), tokens, head_dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +70,7 @@ def peel(operand: Operand) -> Operand:
         permutation = _permutation(node, found.dim())
         if permutation is None:
             return operand
-        operand = Operand(node.args[0], tuple(permutation[dim] for dim in operand.order))  # type: ignore[arg-type]
+        operand = Operand(argument(node, 0, "input"), tuple(permutation[dim] for dim in operand.order))
 
 
 def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
@@ -76,7 +82,7 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
             return None
         order[a], order[b] = order[b], order[a]
     elif calls(node, "permute"):
-        dims = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
+        dims = argument(node, 1, "dims") if len(node.args) <= 2 else node.args[1:]
         if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) for dim in dims):
             return None
         order = [dim % rank for dim in dims]
@@ -86,14 +92,31 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
         order = [1, 0]
     else:
         return None
-    source = node.args[0]
-    return tuple(order) if isinstance(source, fx.Node) and tensor(source) is not None else None
+    return tuple(order) if tensor(argument(node, 0, "input")) is not None else None
 
 
-def undo_repeats(k: Operand, v: Operand) -> tuple[Operand, Operand]:
-    """K and V before each KV head was repeated for its group of query heads, if both were, alike."""
+def changed_between(first: fx.Node, last: fx.Node, operand: Operand) -> fx.Node | None:
+    """A call after `first` and before `last` that may change the operand in place."""
+    memory = storage(tensor(operand.node))
+    node = first.next
+    while node is not last and node.op != "root":
+        if mutates(node):
+            changed = {storage(found) for found in written(node)}
+            if memory is None or memory in changed or None in changed or not changed:
+                return node
+        node = node.next
+    return None
+
+
+def undo_repeats(k: Operand, v: Operand, anchor: fx.Node) -> tuple[Operand, Operand]:
+    """K and V before each KV head was repeated for its group of query heads, if both were, alike.
+
+    Repeating copies: where the original is changed before `anchor` reads the copy, nothing is undone.
+    """
     base_k, base_v = _undo_repeat(k), _undo_repeat(v)
     if base_k is None or base_v is None or str(base_k.shape[1]) != str(base_v.shape[1]):
+        return k, v
+    if changed_between(k.node, anchor, base_k) or changed_between(v.node, anchor, base_v):
         return k, v
     return base_k, base_v
 
@@ -113,19 +136,19 @@ def _repeat_interleaved(node: fx.Node, heads: int) -> fx.Node | None:
     """x of `x.repeat_interleave(n, dim=heads)`."""
     if not calls(node, "repeat_interleave") or not isinstance(argument(node, 1, "repeats"), int):
         return None
-    dim, source = argument(node, 2, "dim"), node.args[0]
+    dim, source = argument(node, 2, "dim"), argument(node, 0, "input")
     return source if isinstance(source, fx.Node) and isinstance(dim, int) and dim % 4 == heads else None
 
 
 def _expanded_and_merged(node: fx.Node, heads: int) -> fx.Node | None:
     """x of `x[:, :, None].expand(..., n, ...).reshape(...)`: a new dim behind the heads, repeated and merged into them."""
-    if not calls(node, "reshape", "view", "flatten") or not calls(node.args[0], "expand", "expand_as"):
+    expand = argument(node, 0, "input")
+    if not calls(node, "reshape", "view", "flatten") or not calls(expand, "expand", "expand_as"):
         return None
-    expand: fx.Node = node.args[0]  # type: ignore[assignment]
-    unsqueezed = expand.args[0]
+    unsqueezed = argument(expand, 0, "input")
     if not calls(unsqueezed, "getitem", "unsqueeze"):
         return None
-    source = unsqueezed.args[0]  # type: ignore[union-attr]
+    source = argument(unsqueezed, 0, "input")
     whole, merged, wide, base = tensor(expand), tensor(node), tensor(unsqueezed), tensor(source)
     if whole is None or merged is None or wide is None or base is None or whole.dim() != 5 or base.dim() != 4:
         return None
@@ -138,7 +161,7 @@ def _expanded_and_merged(node: fx.Node, heads: int) -> fx.Node | None:
     if not isinstance(repeats, int) or not same_but_heads:
         return None
     fits = [str(s) for s in wide.shape] == with_one and [str(s) for s in whole.shape] == repeated
-    return source if fits and _adds_dim(unsqueezed, heads + 1) else None  # type: ignore[return-value, arg-type]
+    return source if fits and _adds_dim(unsqueezed, heads + 1) else None
 
 
 def _adds_dim(node: fx.Node, dim: int) -> bool:
@@ -155,8 +178,9 @@ def _expanded(node: fx.Node, heads: int) -> fx.Node | None:
     """x of `x.expand(...)` where only the heads grew, from 1."""
     if not calls(node, "expand", "expand_as"):
         return None
-    whole, base = tensor(node), tensor(node.args[0])
+    source = argument(node, 0, "input")
+    whole, base = tensor(node), tensor(source)
     if whole is None or base is None or base.dim() != 4 or str(base.shape[heads]) != "1":
         return None
     grown = [dim for dim in range(4) if str(whole.shape[dim]) != str(base.shape[dim])]
-    return node.args[0] if grown == [heads] else None  # type: ignore[return-value]
+    return source if grown == [heads] else None

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sagecompile.site import AttentionSite
 
-from .graph import Builder, module_path, mutates, source_line, tensor
+from .graph import Builder, module_path, source_line, tensor
 from .operand import Operand
 
 Attend = Callable[[Builder, fx.Node, fx.Node, fx.Node], fx.Node]
@@ -40,6 +42,8 @@ def make_site(
     _, kv_heads, kv_len, _ = k.shape
     found = tensor(q.node)
     assert found is not None
+    for operand in (q, k, v):
+        facts["obstacle"] = facts.get("obstacle") or tensor_obstacle(operand.node)
     return AttentionSite(
         name=module_path(node),
         source=source_line(node),
@@ -72,6 +76,30 @@ def tokens_first(out: torch.Tensor, order: tuple[int, ...] = (0, 1, 2, 3)) -> bo
     return out.dim() == 4 and str(out.stride(order.index(2))) != str(out.shape[order.index(3)])
 
 
+def tensor_obstacle(node: fx.Node) -> str | None:
+    """What makes a tensor something else than plain memory of sizes known before the call."""
+    found = tensor(node)
+    assert found is not None
+    if torch._C._functorch.is_functorch_wrapped_tensor(found):
+        return "inside a torch.func transform: needs a plain call"
+    if not isinstance(found, FakeTensor):
+        return f"tensor type {type(found).__name__}: needs torch.Tensor"
+    if found.layout != torch.strided:
+        return f"layout {str(found.layout).removeprefix('torch.')}: needs strided"
+    for size in found.shape:
+        if free_unbacked_symbols(size):
+            return f"size {size} computed from data: needs one known before the call"
+    return None
+
+
+def result_obstacle(out: torch.Tensor, q: Operand, v: Operand, order: tuple[int, ...]) -> str | None:
+    """A result that is larger than q says, because a mask or V has more batch dims; dim i of `out` is order[i] of q's."""
+    expected = [*q.sizes[:-1], v.sizes[-1]]
+    if [str(size) for size in out.shape] == [str(expected[dim]) for dim in order]:
+        return None
+    return f"result ({', '.join(map(str, out.shape))}): needs q's batch, heads and tokens"
+
+
 def shape_obstacle(q: Operand, k: Operand, v: Operand) -> str | None:
     """What in the ranks and batch dims is not (batch, heads, tokens, head_dim) on all three."""
     ranks = [len(operand.order) for operand in (q, k, v)]
@@ -85,14 +113,4 @@ def shape_obstacle(q: Operand, k: Operand, v: Operand) -> str | None:
     heads, kv_heads = q.shape[1], k.shape[1]
     if str(heads) != str(kv_heads) and heads % kv_heads != 0:
         return f"heads {heads} on {kv_heads}: needs a multiple"
-    return None
-
-
-def mutation_between(first: fx.Node, last: fx.Node, own: set[fx.Node]) -> str | None:
-    """A call that changes a tensor while the site is under way: then the fused call would read it too late."""
-    node = first.next
-    while node is not last and node.op != "root":
-        if node not in own and mutates(node):
-            return f"in-place {node.name}: needs none between the scores and the result"
-        node = node.next
     return None

@@ -6,7 +6,6 @@ becomes `is_causal`; operands that autocast would cast are cast.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from . import masks
@@ -23,7 +22,7 @@ def match_sdpa(node: fx.Node, live: set[fx.Node]) -> Match | None:
         return None
     q, k, v = (standard(item) for item in nodes)
     obstacle = shape_obstacle(q, k, v)
-    k, v = undo_repeats(k, v)
+    k, v = undo_repeats(k, v, node)
     is_causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
     dropout_p = argument(node, 4, "dropout_p", 0.0)
     for what, given in (("is_causal", is_causal), ("scale", scale), ("dropout_p", dropout_p)):

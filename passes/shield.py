@@ -11,21 +11,24 @@ import torch
 from torch import fx
 
 from .graph import Builder, argument, calls, erase_dead, tensor
+from .unfused import leads_to_scores
 
 
 def shield_softmax(graph: fx.Graph) -> int:
-    """Rewrite every softmax over an inner dim that a matmul reads; return how many."""
+    """Rewrite every softmax of a matmul's result over an inner dim; return how many."""
     replaced = []
     for node in list(graph.nodes):
-        dim, source = argument(node, 1, "dim"), node.args[0] if node.args else None
-        found = tensor(source)
-        if not calls(node, "softmax") or not isinstance(dim, int) or found is None or found.dim() < 2:
+        if not calls(node, "softmax"):
             continue
-        if dim % found.dim() == found.dim() - 1:
+        dim, source = argument(node, 1, "dim"), argument(node, 0, "input")
+        found, out = tensor(source), tensor(node)
+        if not isinstance(dim, int) or found is None or out is None or found.dim() < 2:
+            continue
+        if dim % found.dim() == found.dim() - 1 or not leads_to_scores(source):
             continue
         build = Builder(graph, node)
         turned = build.call(torch.transpose, source, dim, -1)
-        weights = build.call(torch.softmax, turned, -1, dtype=node.kwargs.get("dtype"))
+        weights = build.call(torch.softmax, turned, -1, dtype=out.dtype)
         node.replace_all_uses_with(build.call(torch.transpose, weights, dim, -1))
         replaced.append(node)
     erase_dead(graph, replaced)

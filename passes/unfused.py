@@ -6,7 +6,7 @@ the walk goes up to the scores (casts, scale, mask) and down to the product with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import fx
 from . import contraction, masks
 from .contraction import Contraction, Roles
 from .graph import Builder, argument, calls, name_of, tensor
-from .operand import undo_repeats
-from .pattern import Attend, Match, make_site, mutation_between, shape_obstacle, squeeze_to, tokens_first
+from .operand import changed_between, undo_repeats
+from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, squeeze_to, tokens_first
 
 CASTS = ("to", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
 PRODUCTS = ("mul", "multiply", "imul", "mul_")
@@ -36,8 +36,6 @@ class _Walk:
     is_causal: bool = False
     dropout_p: float = 0.0
     obstacle: str | None = None
-    own: set[fx.Node] = field(default_factory=set)
-    """The nodes that belong to the site."""
 
     def blocked(self, obstacle: str) -> None:
         self.obstacle = self.obstacle or obstacle
@@ -48,7 +46,7 @@ def match_unfused(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
     found, dim = tensor(softmax), argument(softmax, 1, "dim")
     if found is None or not isinstance(dim, int) or dim % found.dim() != found.dim() - 1:
         return None
-    walk = _Walk(own={softmax})
+    walk = _Walk()
     down = _to_weighted(softmax, walk, live)
     scores = _to_scores(argument(softmax, 0, "input"), walk, live, found)
     if down is None or scores is None:
@@ -61,17 +59,17 @@ def match_unfused(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
 def _match(scores: Contraction, weighted: Contraction, roles: Roles, walk: _Walk) -> Match | None:
     out, raw = tensor(weighted.node), tensor(scores.node)
     assert out is not None and raw is not None
-    walk.own |= {scores.node, weighted.node}
     q, k, v = roles.q, roles.k, roles.v
-    shape = shape_obstacle(q, k, v)
-    if shape:
-        walk.blocked(shape)
-    k, v = undo_repeats(k, v)
+    for obstacle in (shape_obstacle(q, k, v), result_obstacle(out, q, v, roles.out_order)):
+        if obstacle:
+            walk.blocked(obstacle)
+    k, v = undo_repeats(k, v, weighted.node)
     if raw.dtype != out.dtype:
         walk.blocked(f"scores in {raw.dtype}, result in {out.dtype}: needs one dtype".replace("torch.", ""))
-    changed = mutation_between(scores.node, weighted.node, walk.own)
-    if changed:
-        walk.blocked(changed)
+    for operand in (q, k):  # read at the scores by the model, at the result by the op
+        changed = changed_between(scores.node, weighted.node, operand)
+        if changed is not None:
+            walk.blocked(f"in-place {changed.name}: needs q and k unchanged between the scores and the result")
     site = make_site(
         weighted.node,
         scores.spelling,
@@ -117,9 +115,10 @@ def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[fx.
             if found.added is not None or found.factor != 1:
                 return None
             return weights, found
-        if calls(user, "dropout", "dropout_") and argument(user, 2, "training", True):
+        if calls(user, "dropout", "dropout_") and argument(user, 2, "training", user.kwargs.get("train", True)):
             walk.dropout_p = float(argument(user, 1, "p", 0.5))
-        walk.own.add(user)
+        if not _is_floating(user):
+            return None
         weights = user
     return None
 
@@ -133,11 +132,14 @@ def _to_scores(node: Any, walk: _Walk, live: set[fx.Node], softmax: Any) -> Cont
         if sum(user in live for user in node.users) > 1:
             walk.blocked(f"scores: used elsewhere ({node.name})")
         if found is not None:
-            _times(walk, found.factor)
             if found.added is not None:
+                if found.added_factor != 1:
+                    walk.blocked(f"beta {found.added_factor} on the mask: needs 1")
                 _masked(walk, found.added, softmax, added=True)
+            _times(walk, found.factor)
             return found
-        walk.own.add(node)
+        if not _is_floating(node):
+            return None
         upward = _step(node, walk, softmax)
         if upward is None:
             return None
@@ -155,13 +157,13 @@ def _step(node: fx.Node, walk: _Walk, softmax: Any) -> fx.Node | None:
         if calls(node, *QUOTIENTS):
             if scores is second or node.kwargs.get("rounding_mode"):
                 return None
-            factor = 1 / factor
+            factor = 1 / factor if factor else None
         _times(walk, factor)
         return scores  # type: ignore[no-any-return]
     if calls(node, *SUMS) and isinstance(first, fx.Node) and isinstance(second, fx.Node):
         if node.kwargs.get("alpha", 1) != 1:
             walk.blocked(f"alpha {node.kwargs['alpha']} on the mask: needs 1")
-        scores, mask = (first, second) if _leads_to_scores(first) else (second, first)
+        scores, mask = (first, second) if leads_to_scores(first) else (second, first)
         _masked(walk, mask, softmax, added=True)
         return scores
     if calls(node, *FILLS) and _is_masking(argument(node, 2, "value"), softmax):
@@ -169,13 +171,15 @@ def _step(node: fx.Node, walk: _Walk, softmax: Any) -> fx.Node | None:
         return first  # type: ignore[no-any-return]
     if calls(node, "where") and len(node.args) == 3:
         condition, chosen, other = node.args
+        if node.op == "call_method":  # scores.where(condition, other)
+            condition, chosen = chosen, condition
         if _is_masking(other, softmax):
             _masked(walk, condition, softmax, added=False, when_true=False)
             return chosen  # type: ignore[return-value]
         if _is_masking(chosen, softmax):
             _masked(walk, condition, softmax, added=False, when_true=True)
             return other  # type: ignore[return-value]
-    operands = [item for item in node.all_input_nodes if _leads_to_scores(item)]
+    operands = [item for item in node.all_input_nodes if leads_to_scores(item)]
     if len(operands) != 1:
         return None
     walk.blocked(f"{name_of(node.target)} on the scores: needs scale and mask only")
@@ -191,6 +195,8 @@ def _times(walk: _Walk, factor: Any) -> None:
 
 def _masked(walk: _Walk, mask: Any, softmax: Any, added: bool, when_true: bool = False) -> None:
     """Note a mask; `when_true`: a boolean one marks what is masked."""
+    if walk.scale != 1:  # minus infinity times a negative scale, or a low value times a small one, masks nothing
+        walk.blocked("scale after the mask: needs it before")
     found = tensor(mask)
     seen = None
     if found is not None and found.is_floating_point() == added:
@@ -209,7 +215,12 @@ def _is_masking(fill: Any, softmax: Any) -> bool:
     return float(filled) <= masks.masking_threshold(softmax.dtype)
 
 
-def _leads_to_scores(node: Any) -> bool:
+def _is_floating(node: fx.Node) -> bool:
+    found = tensor(node)
+    return found is not None and found.is_floating_point()
+
+
+def leads_to_scores(node: Any) -> bool:
     """Whether a product of two tensors lies up from here, through calls that keep the shape."""
     for _ in range(MAX_STEPS):
         found = tensor(node)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule
 
 from sagecompile import passes, report, settings
 from sagecompile.decide import Decision, decide
+from sagecompile.dump import dump
 from sagecompile.kernels import available
 from sagecompile.report import Report
 from sagecompile.settings import Settings
@@ -48,14 +49,24 @@ def sage_inductor(
     or impossible `sage.` option.
     """
     ours, inductor_options = settings.resolve(options)
-    inductor = torch._TorchCompileInductorWrapper(mode, _with_source_stamp(inductor_options), None)
-    cuda_graphs = bool(inductor.get_compiler_config()["triton.cudagraphs"])
-    done = passes.run(gm, decider(ours, cuda_graphs))
+    inductor = _inductor(mode, inductor_options)
+    dump(gm, "before")
+    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)))
+    dump(gm, "after")
     if done.entries:
         logger.info(done.summary())
         logger.debug("\n%s", done)
     report.record(done)
     return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def _inductor(mode: str | None, options: dict[str, Any]) -> Any:
+    """Inductor as torch.compile itself would call it, with its own checks of mode and options."""
+    return torch._TorchCompileInductorWrapper(mode, _with_source_stamp(options), None)
+
+
+def _captures_cuda_graphs(inductor: Any) -> bool:
+    return bool(inductor.get_compiler_config()["triton.cudagraphs"])
 
 
 def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Decision]:
@@ -68,26 +79,49 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-    """Run `model(*args, **kwargs)` once, uncompiled, and report every attention call: used or kept, and why.
+    """Run `model(*args, **kwargs)` once and report every attention call: used or kept, and why.
 
-    A model that torch.compile returned with `backend="sage_inductor"` is explained with the options it was given, any
-    other callable with those of the environment. The graphs that run are the model's own: nothing is rewritten.
+    A module that torch.compile returned with `backend="sage_inductor"` is explained with the mode and options it was
+    given, anything else with those of the environment. What runs are the model's own graphs, not the rewritten ones.
     """
-    options = _options_of(model)
-    ours, inductor_options = settings.resolve(options.get("options"))
-    inductor = torch._TorchCompileInductorWrapper(options.get("mode"), inductor_options, None)
-    decision = decider(ours, bool(inductor.get_compiler_config()["triton.cudagraphs"]))
+    return explain_with(_options_of(model), model, args, kwargs)
+
+
+def explain_with(
+    given: Mapping[str, Any], model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Report:
+    """`explain` with torch.compile's `mode` and `options` given."""
+    ours, inductor_options = settings.resolve(given.get("options"))
+    decision = decider(ours, _captures_cuda_graphs(_inductor(given.get("mode"), inductor_options)))
     found = Report(graphs=0)
 
     def look(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal found
-        entries = tuple(report.Entry(match.site, decision(match.site)) for match in passes.find(gm.graph))
-        found += Report(entries)
+        dump(gm, "before")
+        rewritten = _copy(gm)
+        found += passes.run(rewritten, decision)
+        dump(rewritten, "after")
         return gm.forward
 
     original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
     torch.compile(original, backend=look)(*args, **kwargs)
     return found
+
+
+def _options_of(model: Any) -> dict[str, Any]:
+    """The `mode` and `options` that torch.compile was given with our backend, {} for any other model."""
+    backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    ours = getattr(backend, "compiler_fn", None) is sage_inductor
+    return dict(backend.kwargs) if ours else {}  # type: ignore[union-attr]
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """The same modules and parameters with a graph of its own."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return GraphModule(gm, graph)
 
 
 def _options_of(model: Any) -> dict[str, Any]:

@@ -82,13 +82,11 @@ def _by_prediction(use: Use) -> float:
 
 
 def _predicted_wins(candidates: list[Use], device: Device, settings: Settings) -> tuple[list[Use], list[str]]:
-    wins, refusals = [], []
+    """The candidates predicted to win, and one reason for each kind of the others."""
+    wins, refusals, unmeasured = [], [], []
     for use in candidates:
         if use.prediction is None:
-            refusals.append(
-                f"not measured: {use.format} by {use.provider} on {device.name}; "
-                "sage.policy=always uses it without a measurement"
-            )
+            unmeasured.append(f"{use.format} by {use.provider}")
         elif use.prediction.speedup < settings.min_speedup:
             refusals.append(
                 f"predicted {use.prediction.speedup:.2f}x: {use.format} by {use.provider} needs "
@@ -96,6 +94,8 @@ def _predicted_wins(candidates: list[Use], device: Device, settings: Settings) -
             )
         else:
             wins.append(use)
+    if unmeasured:
+        refusals.append(f"not measured at this shape on {device.name}: {', '.join(unmeasured)}; policy=always uses it")
     return wins, refusals
 
 

@@ -57,15 +57,43 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
         return None
     if version(provider) is None:
         return f"{provider} not installed: pip install {provider}"
-    where = device(site.device)
     if provider == "sageattention":
-        from . import sageattention
-
-        limit = sageattention.limit(site, format, where, cuda_graphs)
+        limit = _sageattention_limit(site, format, cuda_graphs)
         if limit is not None:
             return limit
     padded = min((d for d in FORMATS[format].native_head_dims if d >= site.head_dim), default=0)
     return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
+
+
+def _sageattention_limit(site: AttentionSite, format: str, cuda_graphs: bool) -> str | None:
+    from . import sageattention
+
+    found, text = _sageattention_installed()
+    if found is None:
+        return f"sageattention cannot be imported: {text}"
+    capability = device(site.device).compute_capability
+    assert capability is not None
+    return sageattention.refusal(
+        found,
+        format,
+        site.head_dim,
+        site.batch,
+        site.q_len,
+        site.kv_len,
+        site.heads,
+        site.kv_heads,
+        site.is_causal,
+        site.dtype,
+        capability,
+        cuda_graphs,
+    )
+
+
+@cache
+def _sageattention_installed() -> tuple[str | None, str]:
+    from . import sageattention
+
+    return sageattention.installed()
 
 
 @cache

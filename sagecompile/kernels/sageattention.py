@@ -1,16 +1,17 @@
 """Attention by the installed `sageattention` package, called only where it was seen to be right.
 
-In: q, k, v and an output to fill. Out: `out` written; or, before any call, `refusal` says why this package must not get it.
-Why: 1.0.6 (PyPI) and 2.x (source builds) ignore arguments, modify K, read past tails or use the wrong stream; what they need is done here, around them.
+In: q, k, v and an output to fill. Out: `out` written; before any call, `refusal` says why the package must not get it.
+Why: 1.0.6 (PyPI) and 2.x (source builds) modify K, read past tails or use the wrong stream; this gives what they need.
 
-1.0.6 is written against its source; 2.x against the documented signature of `sageattn_qk_int8_pv_fp8_cuda_sm90` in its repository's main branch
-(https://github.com/thu-ml/SageAttention). Both were tried on compute capability 9.0 only.
+1.0.6 is called as its source wants it; 2.x by the documented signature of `sageattn_qk_int8_pv_fp8_cuda_sm90` in the
+main branch of its repository (https://github.com/thu-ml/SageAttention). Both were tried on compute capability 9.0 only.
 """
 
 import importlib
 import importlib.metadata
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 CAPABILITY = (9, 0)
 """Where both versions were compared with float64 attention."""
@@ -28,9 +29,10 @@ LARGEST_SCORE = 2.0**18
 def installed() -> tuple[str | None, str]:
     """(version, what was found), or (None, why it cannot be imported).
 
-    The 2.2.0 tag and the main branch carry the same version, but on Hopper the tag never launches its kernel and returns uninitialised memory
-    (https://github.com/thu-ml/SageAttention/pull/307): there the fake implementation has taken the name of the operator. So the name tells: in a fixed build it is
-    the custom operator itself. Such a build is reported as 2.2.0+fixed.sm90; every other label a build has given itself is dropped.
+    The 2.2.0 tag and the main branch carry the same version, but on Hopper the tag never launches its kernel and
+    returns uninitialised memory (https://github.com/thu-ml/SageAttention/pull/307). In a fixed build the name that the
+    package calls is bound to a custom operator of torch, which is what is asked here; all else counts as not fixed.
+    A fixed build is reported as 2.2.0+fixed.sm90; every other label that a build has given itself is dropped.
     """
     try:
         importlib.import_module("sageattention")
@@ -44,7 +46,7 @@ def installed() -> tuple[str | None, str]:
     except ImportError as error:
         return version, f"sageattention {version} without Hopper kernels: {error}"
     operator = getattr(binding, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
-    if isinstance(operator, torch.library.CustomOpDef):
+    if isinstance(operator, CustomOpDef):
         return f"{version}+{FIXED}", f"sageattention {version} with the fixed Hopper binding"
     return version, f"sageattention {version} without the fixed Hopper binding"
 
@@ -55,6 +57,8 @@ def refusal(
 ) -> str | None:  # fmt: skip
     """Why this call must not go to the package, or None. Lengths are only compared, so they may be symbolic."""
     name = f"sageattention {version}"
+    head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
     if version == "1.0.6":
         serves, head_dims, dtypes = "qk_int8_pv_fp16", (64, 128), ("float16", "bfloat16", "float32")
     elif version == f"2.2.0+{FIXED}":
@@ -76,11 +80,12 @@ def refusal(
     if is_causal and q_len != kv_len:
         return f"causal with {q_len} queries and {kv_len} keys: {name} needs equal lengths"
     if batch * heads * q_len * head_dim >= 2**31 or batch * kv_heads * kv_len * head_dim >= 2**31:
-        return f"{batch} x {heads} heads x {q_len} queries and {kv_len} keys: {name} has 32-bit offsets, need fewer than 2^31 elements"
-    if max(batch, heads) > 65535:
+        size = f"{batch} x {heads} heads x {q_len} queries and {kv_len} keys"
+        return f"{size}: {name} has 32-bit offsets, need fewer than 2^31 elements"
+    if batch > 65535 or heads > 65535:
         return f"batch {batch}, heads {heads}: {name} needs at most 65535 of each"
     if version == "1.0.6" and (q_len % ROW_BLOCK or kv_len % KEY_BLOCK):
-        return f"{q_len} queries and {kv_len} keys: {name} reads past the end unless they are multiples of {ROW_BLOCK} and {KEY_BLOCK}"
+        return f"{q_len} queries and {kv_len} keys: {name} needs multiples of {ROW_BLOCK} and {KEY_BLOCK}"
     if version != "1.0.6" and cuda_graphs:
         return f"inside a CUDA graph: {name} launches on the default stream, which a capture does not see"
     return None
@@ -93,7 +98,7 @@ def attention(
 
     q, out: (B, Hq, N, D); k, v: (B, Hkv, N, D), any strides.
     """
-    with torch.cuda.device_of(q):
+    with torch.cuda.device(q.device):
         k_smooth = (k.float() - k.mean(-2, keepdim=True, dtype=torch.float32)).to(k.dtype).contiguous()
         if format == "qk_int8_pv_fp16":
             flags = _attend_1(q, k_smooth, v, out, scale=scale, is_causal=is_causal)
@@ -107,7 +112,7 @@ def attention(
 def _attend_1(
     q: torch.Tensor, k_smooth: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool
 ) -> torch.Tensor:
-    """1.0.6. V goes in scaled by a power of two to about 1: it is cast to float16 there, and 64 products are summed in float16."""
+    """1.0.6. V goes in scaled by a power of two to about 1: it is cast to float16, and summed there by 64."""
     from sageattention import sageattn
 
     v_norm = torch.linalg.vector_norm(v, ord=float("inf"), dim=-2, keepdim=True, dtype=torch.float32)
@@ -121,7 +126,7 @@ def _attend_1(
 def _attend_2(
     q: torch.Tensor, k_smooth: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool
 ) -> torch.Tensor:
-    """2.2.0. Its kernel runs on the default stream, so that stream waits for the current one before, and the current one for it after."""
+    """2.2.0. Its kernel runs on the default stream, which waits for the current one before, and is waited for after."""
     from sageattention import sageattn_qk_int8_pv_fp8_cuda_sm90
 
     q_ready, v_ready = (q if scale >= 0 else -q).contiguous(), v.contiguous()
@@ -143,14 +148,14 @@ def _attend_2(
 
 
 def _flags(q: torch.Tensor, k_smooth: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B * Hkv) int32: 1 where a value is not finite or a score could be too large, which the package would quantize into ordinary numbers."""
+    """(B * Hkv) int32: 1 where a value is not finite or a score could be too large: the package notices neither."""
     q_norm, k_norm, v_norm = (
         torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), dtype=torch.float32) for x in (q, k_smooth, v)
     )
     q_norm = q_norm.unflatten(1, (k_smooth.shape[1], -1)).amax(-1)
     score = q_norm * k_norm * (abs(scale) * 1.4426950408889634 * q.shape[-1])
-    fine = torch.isfinite(v_norm) & (score < LARGEST_SCORE)
-    return (~fine).to(torch.int32).flatten()
+    fine: torch.Tensor = torch.isfinite(v_norm) & (score < LARGEST_SCORE)
+    return torch.logical_not(fine).to(torch.int32).flatten()
 
 
 def _dotted(capability: tuple[int, int]) -> str:

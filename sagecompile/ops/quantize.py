@@ -2,7 +2,7 @@
 
 In: q, k or v (batch, heads, tokens, head_dim) in any float dtype. Out: the quantized values held in float32 (so that
 products of INT8 values are exact: at most 127 * 127 * 256 < 2^24), and their float32 scales; value = quantized * scale.
-Scheme: SageAttention, arXiv:2410.02367 (smoothed K, symmetric INT8) and SageAttention2, arXiv:2411.10958 (FP8 V per channel).
+Scheme: SageAttention, arXiv:2410.02367 (smoothed K, symmetric INT8); SageAttention2, arXiv:2411.10958 (FP8 V).
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ K_BLOCK = 128
 """Tokens of K that share one scale."""
 TINY = 1e-30
 """The least scale: an all-zero row divides by this."""
+
+STEEPEST = 2.0**-6
+"""The largest unit of an integer score, in powers of two of P, that INT8 is used for.
+
+Rounding Q and K moves a score by up to some hundred units, so that above this (scores of more than about 200) weights
+would be off by factors. A head with such scores is computed exactly, as one with a NaN or Inf is.
+"""
 
 
 def smooth_k(k: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Quantized attention in plain torch: the specification of every format, on any device.
 
 In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides. Out: `out` (B, H, Nq, D), wholly written. INT8 products are
-exact, memory is bounded by working on slices of the queries, and heads with a NaN or Inf are computed by SDPA.
+exact, memory is bounded by working on slices of the queries, and heads that INT8 cannot hold are computed by SDPA.
 """
 
 from __future__ import annotations
@@ -64,17 +64,27 @@ def attention(
             sliced = p.to(wide).float() @ values
         result[:, :, part] = (sliced / total).to(result.dtype)
     out.copy_(result.view(batch, heads, q_len, head_dim))
-    _mend_nonfinite(q, k, v, out, scale, is_causal)
+    unit = q_scale.abs().amax((-2, -1)) * k_scale.amax((-2, -1))
+    _mend(q, k, v, out, unit > quantize.STEEPEST, scale, is_causal)
 
 
-def _mend_nonfinite(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, is_causal: bool
+def _mend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    steep: torch.Tensor,
+    scale: float,
+    is_causal: bool,
 ) -> None:
-    """Quantization spreads a NaN or Inf over a block: such heads get SDPA's own result, on GPUs without a host sync."""
+    """Give the heads that INT8 cannot hold SDPA's own result: steep (B, Hkv), and those with a NaN or Inf.
+
+    Quantization would spread a NaN over a block. On a GPU both results are computed, so as not to wait for the answer.
+    """
     group = q.shape[1] // k.shape[1]
-    bad_kv = ~(k.isfinite().all(-1).all(-1) & v.isfinite().all(-1).all(-1))
-    bad_q = ~q.isfinite().all(-1).all(-1).unflatten(1, (-1, group)).all(-1)
-    bad = (bad_q | bad_kv).repeat_interleave(group, 1)[:, :, None, None]
+    finite_q = q.isfinite().all(-1).all(-1).unflatten(1, (-1, group)).all(-1)
+    finite_kv = (k.isfinite() & v.isfinite()).all(-1).all(-1)
+    bad = (steep | ~finite_q | ~finite_kv).repeat_interleave(group, 1)[:, :, None, None]
     if q.device.type == "cpu" and not bool(bad.any()):
         return
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=group > 1)

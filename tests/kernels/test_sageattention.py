@@ -1,4 +1,4 @@
-"""When the installed `sageattention` package may be called (tested anywhere), and that it is then right (on a GPU, where it is installed).
+"""When the installed `sageattention` package may be called (tested anywhere), and that it is then right (on a GPU).
 
 In: versions and the facts of a call. Out: the reason for a refusal, or the relative L2 error.
 """
@@ -101,8 +101,9 @@ class TestPackage:
             pytest.skip(f"sageattention is not installed: {text}")
         format = "qk_int8_pv_fp16" if version == "1.0.6" else "qk_int8_pv_fp8"
         facts = {
-            "format": format, "head_dim": q.shape[3], "batch": q.shape[0], "q_len": q.shape[2], "kv_len": k.shape[2], "heads": q.shape[1],
-            "kv_heads": k.shape[1], "is_causal": causal, "dtype": str(q.dtype).removeprefix("torch."),
+            "format": format, "head_dim": q.shape[3], "batch": q.shape[0], "q_len": q.shape[2], "kv_len": k.shape[2],
+            "heads": q.shape[1], "kv_heads": k.shape[1], "is_causal": causal,
+            "dtype": str(q.dtype).removeprefix("torch."),
             "capability": torch.cuda.get_device_capability(), "cuda_graphs": False,
         }  # fmt: skip
         refusal = sageattention.refusal(version, **facts)

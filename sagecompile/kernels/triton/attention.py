@@ -1,8 +1,8 @@
 """Attention on quantized Q, K and V: INT8 QK^T, softmax in float32, PV in 16-bit or FP8.
 
 In: q, k, v as the caller has them. Out: `out`, wholly written.
-Why in this shape: quantize once, then a FlashAttention loop (https://arxiv.org/abs/2307.08691) over 8-bit tiles, then an exact kernel for the heads
-that hold NaN or Inf. Everything is enqueued on the current stream and nothing is read back, so CUDA graphs can capture it.
+Why in this shape: quantize once, then a FlashAttention loop (https://arxiv.org/abs/2307.08691) over 8-bit tiles, then
+an exact kernel for the heads that 8 bits cannot hold. Nothing is read back, so CUDA graphs can capture it.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """How one program of the kernel is cut: query rows, keys in one step, warps, and steps of K and V kept in flight."""
+    """How a program of the kernel is cut: query rows, keys in one step, warps, and steps of K and V in flight."""
 
     rows: int
     keys: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Rows and keys divide BLOCK. At two or three stages every tile stays below the 99 KiB of shared memory of sm86, sm89 and sm120.
+# Rows and keys divide BLOCK. Every tile stays below the 99 KiB of shared memory of sm86, sm89 and sm120.
 TILES = {
     ("qk_int8_pv_fp16", 64): Tile(128, 64, 4, 3),
     ("qk_int8_pv_fp16", 96): Tile(128, 64, 8, 3),
@@ -40,13 +40,13 @@ TILES = {
 }
 
 _BLOCK = tl.constexpr(BLOCK)
-_MAGIC_BITS = tl.constexpr(
-    0x4B400000
-)  # the bits of 12582912.0 = 1.5 * 2^23: adding an integer below 2^22 to them gives the bits of the sum
+
+# 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum.
 _MAGIC = tl.constexpr(12582912.0)
-_P_SHIFT = tl.constexpr(
-    8.0
-)  # P is at most 2^8 in FP8: inside e4m3's range (448), with 2^-17 of the maximum still above zero
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+
+# P is about 2^8 at most in FP8: inside e4m3's range (448), and 2^-17 of the maximum is still above zero.
+_P_SHIFT = tl.constexpr(8.0)
 
 
 def attention(
@@ -87,9 +87,10 @@ def _launch(quantized: Quantized, out: torch.Tensor, kv_shape: torch.Size, *, is
     width = padded_head_dim(head_dim)
     tile = TILES[format, width]
     _attend[(batch * q_heads * triton.cdiv(q_len, tile.rows),)](
-        quantized.q, quantized.q_factor, quantized.k, quantized.k_scale, quantized.v, quantized.v_amax, quantized.flags, out,
-        q_heads, q_heads // kv_heads, q_len, kv_len, head_dim, *out.stride(),
-        IS_CAUSAL=is_causal, FP8=format == "qk_int8_pv_fp8", D0=64 if width == 96 else width, D1=32 if width == 96 else 0,
+        quantized.q, quantized.q_factor, quantized.k, quantized.k_scale, quantized.v, quantized.v_amax,
+        quantized.flags, out, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim, *out.stride(),
+        IS_CAUSAL=is_causal, FP8=format == "qk_int8_pv_fp8",
+        D0=64 if width == 96 else width, D1=32 if width == 96 else 0,
         ROWS=tile.rows, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -102,8 +103,9 @@ def _key_tile(
 ):  # fmt: skip
     """One step of the online softmax over keys [start, start + KEYS)."""
     keys = tl.arange(0, KEYS)
-    # The scores arrive as the floats 12582912 + score (|score| <= 127 * 127 * 128 < 2^22): no conversion, and the offset leaves
-    # in the multiply-add that scales them. Its rounding is at most one unit of the integer score, the same for a row of the tile.
+    # The scores arrive as the floats 12582912 + score (|score| <= 127 * 127 * 128 < 2^22): no conversion, and the
+    # offset leaves in the multiply-add that scales them. That rounds by at most one unit of the integer score, alike
+    # for all of a row, which is far below the error of INT8; heads in which a unit is large go to the exact kernel.
     k_ptrs = K + tl.cast(start, tl.int64) * (D0 + D1) + keys[:, None] * (D0 + D1)
     scores = tl.dot(
         q0,
@@ -126,16 +128,15 @@ def _key_tile(
         p = tl.math.exp2(x - (new_max - shift)[:, None])
     else:
         new_max = tl.maximum(row_max, (tl.max(scores, 1) - _MAGIC) * factor)
-        p = tl.math.exp2(scores * factor[:, None] - (factor * _MAGIC + new_max - shift)[:, None])
+        p = tl.math.exp2(tl.fma(scores, factor[:, None], -(factor * _MAGIC + new_max - shift)[:, None]))
     rescale = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc0 = acc0 * rescale[:, None]
     if FP8:
-        # Hopper's FP8 tensor cores keep about 14 bits of their accumulator, so a running sum over a long sequence would lose every small
-        # step (DeepSeek-V3 report, https://arxiv.org/abs/2412.19437, 3.3.2). Each key tile is summed on its own and added in float32.
-        p8 = (
-            p.to(tl.float8e4nv).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
-        )  # back to the order of tokens
+        # Hopper's FP8 tensor cores keep about 14 bits of their accumulator, so a running sum over a long sequence would
+        # lose every small step (DeepSeek-V3 report, https://arxiv.org/abs/2412.19437, section 3.3.2). Each key tile is
+        # therefore summed on its own and added in float32. P goes from the order of K's storage to that of the tokens.
+        p8 = p.to(tl.float8e4nv).reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
         v_ptrs = V + start + keys[None, :]
         v0 = tl.trans(tl.load(v_ptrs + tl.arange(0, D0).to(tl.int64)[:, None] * kv_padded))
         acc0 = tl.dot(p8, v0, acc0, max_num_imprecise_acc=KEYS)
@@ -159,14 +160,11 @@ def _store_columns(
     """Normalise and store columns [FIRST, FIRST + COUNT) of the output tile."""
     columns = FIRST + tl.arange(0, COUNT)
     o = acc / row_sum[:, None]
-    # The result lies between the smallest and largest value of its channel; rounding P must not carry it outside and past the dtype's maximum.
-    # Comparisons, not minimum and maximum: those would turn the NaN of overflowing scores into a number.
-    if FP8:
-        limit: tl.constexpr = E4M3_MAX
-    elif OUT.dtype.element_ty == tl.float16:
-        limit: tl.constexpr = 65504.0
-    else:
-        limit: tl.constexpr = 3.3895313892515355e38
+    # The result lies between the smallest and largest value of its channel: rounding P must not carry it past the
+    # dtype's maximum. Comparisons, not minimum and maximum: those would turn a NaN into a number.
+    limit: tl.constexpr = (
+        E4M3_MAX if FP8 else (65504.0 if OUT.dtype.element_ty == tl.float16 else 3.3895313892515355e38)
+    )
     o = tl.where(o > limit, limit, tl.where(o < -limit, -limit, o))
     if FP8:
         v_amax = tl.load(V_AMAX + kv_head * head_dim + columns, mask=columns < head_dim, other=0.0)
@@ -179,7 +177,8 @@ def _store_columns(
 def _attend(
     Q, Q_FACTOR, K, K_SCALE, V, V_AMAX, FLAGS, OUT,
     q_heads, group, q_len, kv_len, head_dim, stride_b, stride_h, stride_n, stride_d,
-    IS_CAUSAL: tl.constexpr, FP8: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FP8: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * Hq * row tiles), one dimension because the others end at 65535. The longest causal rows come first.
 

@@ -1,7 +1,7 @@
 """Attention in the input's own precision, for the heads that cannot be quantized.
 
-In: the caller's q, k, v, and a flag for each KV head. Out: the flagged heads of `out`, overwritten; a program of any other head exits at once.
-Why: INT8 has no NaN and no Inf, and which head holds one is known only on the device. Launching this always costs microseconds and no host sync.
+In: the caller's q, k, v and a flag for each KV head. Out: the flagged heads of `out`, overwritten; others exit at once.
+Why: INT8 has no NaN and no Inf, and which head holds one is known only on the device. This costs microseconds, no sync.
 """
 
 import torch
@@ -23,14 +23,13 @@ def recompute_flagged(
 ) -> None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; flags: (B * Hkv) int32.
 
-    A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that does not see it stays finite.
+    A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
     """
     assert flags.dtype == torch.int32 and flags.shape == (k.shape[0] * k.shape[1],)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    rows, keys = (
-        (32, 16) if q.dtype == torch.float32 else (64, 32)
-    )  # float32 without TF32 runs on the ordinary cores: larger tiles spill
+    # float32 without TF32 runs on the ordinary cores, with operands in registers: larger tiles spill.
+    rows, keys = (32, 16) if q.dtype == torch.float32 else (64, 32)
     with torch.cuda.device_of(q):
         _attend_exact[(batch * q_heads * triton.cdiv(q_len, rows),)](
             q, k, v, out, flags, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim,
@@ -94,7 +93,7 @@ def _attend_exact(
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
 
-    # The diagonal, key by key: a product with a masked P of zero would carry NaN and Inf of V into rows that do not see them.
+    # The diagonal, key by key: a product with a masked P of zero would carry NaN and Inf of V into rows that see none.
     for token in tl.range(whole, end):
         k_row = tl.load(K + _offset(token, stride_kn) + _offset(columns, stride_kd), mask=columns < head_dim, other=0.0)
         v_row = tl.load(V + _offset(token, stride_vn) + _offset(columns, stride_vd), mask=columns < head_dim, other=0.0)
@@ -115,7 +114,7 @@ def _attend_exact(
 
 @triton.jit
 def _step(row_max, x, x_max):
-    """The new row maximum, the factor for what was summed so far, and P for these scores; a row that has met only -Inf so far stays at zero."""
+    """The new row maximum, the factor for what was summed so far, and P; a row that has met only -Inf stays at zero."""
     new_max = tl.maximum(row_max, x_max)
     reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     return new_max, tl.math.exp2(row_max - reference), tl.math.exp2(x - reference[:, None])

@@ -1,9 +1,10 @@
 """Quantize Q, K and V for the attention kernel, each in one pass over the caller's tensor.
 
 In: q, k, v with any strides. Out: dense buffers padded to whole blocks, their scales, and one flag for each KV head.
-Why: the attention kernel then loads whole tiles without masks, and heads that no integer can represent (NaN, Inf) are known without a host sync.
+Why: the attention kernel then loads whole tiles without masks; heads that INT8 cannot hold are known without a sync.
 
-INT8 with a smoothed K follows SageAttention (https://arxiv.org/abs/2410.02367): softmax does not see a vector that is subtracted from every key.
+INT8 with a smoothed K follows SageAttention (https://arxiv.org/abs/2410.02367): softmax does not see a vector that is
+subtracted from every key.
 """
 
 from typing import NamedTuple
@@ -18,28 +19,35 @@ BLOCK = 128
 LOG2E = 1.4426950408889634
 
 _BLOCK = tl.constexpr(BLOCK)
-SMALLEST_AMAX = tl.constexpr(2.0**-119)  # amax / 127 is then still a normal float32, and 127 / amax a finite one
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_AMAX = tl.constexpr(2.0**-119)  # amax / 127 is then still a normal float32, and 127 / amax a finite one
+
+# One unit of an integer score, in powers of two of P, above which a head is left to the exact kernel: rounding Q and K
+# to INT8 moves a score by up to some hundred units. The same bound stands in sagecompile.ops.quantize.
+STEEPEST = tl.constexpr(2.0**-6)
+
+_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 
 
 class Quantized(NamedTuple):
-    """What the attention kernel reads. N' is N padded to BLOCK, D' the head dim padded to 64, 96 or 128; padding is zero."""
+    """What the attention kernel reads. N' is N padded to BLOCK, D' is D padded to 64, 96 or 128; padding is zero."""
 
     q: torch.Tensor
     """(B * Hq, Nq', D') int8"""
     q_factor: torch.Tensor
     """(B * Hq, Nq') float32: row scale * |softmax scale| * log2(e); the sign of the softmax scale is in q"""
     k: torch.Tensor
-    """(B * Hkv, Nk', D') int8, smoothed; with FP8 values, the tokens are permuted inside groups of 16 (see _position_of)"""
+    """(B * Hkv, Nk', D') int8, smoothed; with FP8 values, tokens are permuted inside groups of 16 (see _position_of)"""
     k_scale: torch.Tensor
     """(B * Hkv, Nk' / BLOCK) float32"""
     v: torch.Tensor
-    """FP8: (B * Hkv, D', Nk') float8_e4m3fn, because 8-bit operands want the summed dimension contiguous. Else (B * Hkv, Nk', D') 16-bit"""
+    """FP8: (B * Hkv, D', Nk') float8_e4m3fn, as 8-bit operands want the summed dimension contiguous.
+    Else (B * Hkv, Nk', D') 16-bit"""
     v_amax: torch.Tensor
     """FP8: (B, Hkv, D) float32, the largest |v| of each channel, which is stored as 448. Else empty"""
     flags: torch.Tensor
-    """(B * Hkv) int32: 1 where that head's K or V, or a query head of its group, holds a value that is not finite"""
+    """(B * Hkv) int32: 1 where that head's K or V, or a query head of its group, holds a value that is not finite, or
+    where one unit of the integer scores is more than STEEPEST"""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -48,7 +56,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, fp8: bool) -> Quantized:
-    """q: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D). Values become FP8 per channel, or 16-bit (V's own type; bfloat16 for float32)."""
+    """q: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D). V becomes FP8 per channel, or 16-bit: its own type, or bfloat16."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     width = padded_head_dim(head_dim)
@@ -76,13 +84,13 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float,
     k_mean = k.mean(-2, dtype=torch.float32).contiguous()
 
     columns = triton.next_power_of_2(width)
-    _quantize_q[(q_rows * (q_padded // BLOCK),)](
-        q, result.q, result.q_factor, result.flags, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, head_dim,
-        *q.stride(), WIDTH=width, COLUMNS=columns, num_warps=8,
-    )  # fmt: skip
     _quantize_k[(kv_rows * (kv_padded // BLOCK),)](
         k, k_mean, result.k, result.k_scale, result.flags, kv_heads, kv_len, head_dim,
         *k.stride(), PERMUTE=fp8, WIDTH=width, COLUMNS=columns, num_warps=8,
+    )  # fmt: skip
+    _quantize_q[(q_rows * (q_padded // BLOCK),)](
+        q, result.q, result.q_factor, result.k_scale, result.flags, scale * LOG2E, q_heads, q_heads // kv_heads,
+        q_len, kv_len, head_dim, *q.stride(), WIDTH=width, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     _quantize_v[(kv_rows * (kv_padded // BLOCK),)](
         v, v_amax, result.v, result.flags, kv_heads, kv_len, head_dim,
@@ -95,8 +103,8 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float,
 def _position_of(token):
     """Where a token of K is stored inside its group of 16: token 4t + 2h + b in row 8h + 2t + b.
 
-    A thread of the FP32 result of QK^T holds columns 8h + 2t + b (t: its lane in the quad), and an FP8 operand of PV wants 4t + 2h + b there
-    (PTX ISA, fragments of wgmma and of mma.m16n8k32). With K's rows stored so, P moves between the two without a shuffle.
+    A thread of the 32-bit result of QK^T holds columns 8h + 2t + b (t: its lane in the quad), and an FP8 operand of PV
+    wants 4t + 2h + b there (PTX ISA, fragments of wgmma and of mma.m16n8k32). With K stored so, P needs no shuffle.
     """
     return (token & ~15) | (((token >> 1) & 1) << 3) | (((token >> 2) & 3) << 1) | (token & 1)
 
@@ -127,22 +135,30 @@ def _raise_flag(FLAGS, kv_head, x):
     tl.store(FLAGS + kv_head, 1, mask=tl.max(tl.max(bad, 1), 0) != 0)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "kv_length"])
 def _quantize_q(
-    Q, Q8, FACTOR, FLAGS, scale_log2e, heads, group, length, head_dim, stride_b, stride_h, stride_n, stride_d,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    Q, Q8, FACTOR, K_SCALE, FLAGS, scale_log2e, heads, group, length, kv_length, head_dim,
+    stride_b, stride_h, stride_n, stride_d, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * Hq * blocks). Symmetric INT8 per token."""
+    """Grid: (B * Hq * blocks). Symmetric INT8 per token. Runs after _quantize_k, whose scales it reads."""
     blocks = tl.cdiv(length, _BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = tl.program_id(0) % blocks * _BLOCK + tl.arange(0, _BLOCK)
     columns = tl.arange(0, COLUMNS)
     q = _load_block(Q, head, heads, tokens, length, columns, head_dim, stride_b, stride_h, stride_n, stride_d)
     x = q.to(tl.float32) * tl.where(scale_log2e < 0, -1.0, 1.0)
-    _raise_flag(FLAGS, head // group, x)  # Hq = group * Hkv, so b * Hkv + h // group = (b * Hq + h) // group
+    kv_head = head // group  # Hq = group * Hkv, so b * Hkv + h // group = (b * Hq + h) // group
+    _raise_flag(FLAGS, kv_head, x)
     amax = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST_AMAX)
+    factor = amax * (1 / 127) * tl.abs(scale_log2e)
     rows = head * blocks * _BLOCK + tokens
-    tl.store(FACTOR + rows, amax * (1 / 127) * tl.abs(scale_log2e))
+    tl.store(FACTOR + rows, factor)
+    kv_blocks = tl.cdiv(kv_length, _BLOCK)
+    largest = tl.zeros([_BLOCK], tl.float32)
+    for start in range(0, kv_blocks, _BLOCK):
+        block = start + tl.arange(0, _BLOCK)
+        largest = tl.maximum(largest, tl.load(K_SCALE + kv_head * kv_blocks + block, mask=block < kv_blocks, other=0.0))
+    tl.store(FLAGS + kv_head, 1, mask=tl.max(largest, 0) * tl.max(factor, 0) > STEEPEST)
     x8 = _round_to_int8(x * (127 / amax)[:, None])
     tl.store(Q8 + rows[:, None] * WIDTH + columns[None, :], x8, mask=(columns < WIDTH)[None, :])
 

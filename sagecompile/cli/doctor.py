@@ -1,0 +1,102 @@
+"""Say what this machine can run: device, versions, formats and providers, and why not.
+
+In: nothing but the machine. Out: a table, or JSON. Kernels are tried for real, on small inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+HELP = "what this machine can run, and why not"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = examine()
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices with every format and provider on them, and the settings in force."""
+    import dataclasses
+
+    import torch
+
+    import sagecompile
+    from sagecompile import settings
+    from sagecompile.kernels import available
+
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    names = {"python": platform.python_version(), "torch": torch.__version__, "sagecompile": sagecompile.__version__}
+    optional = {name: available.version(name) or "not installed" for name in ("triton", "sageattention")}
+    return {
+        "versions": names | optional | {"cuda": torch.version.cuda or "none in this torch"},
+        "settings": dataclasses.asdict(settings.from_environment()),
+        "devices": [_examine_device(name) for name in devices],
+    }
+
+
+def _examine_device(name: str) -> dict[str, Any]:
+    from sagecompile.cost import profiles
+    from sagecompile.formats import FORMATS, PROVIDERS
+    from sagecompile.kernels import available
+
+    device = available.device(name)
+    profile = profiles().get(device.name)
+    rows = []
+    for format in FORMATS.values():
+        for provider in PROVIDERS.values():
+            if device.type in provider.devices:
+                reason = _why_not(name, format.name, provider.name)
+                rows.append({"format": format.name, "provider": provider.name, "works": reason is None, "why": reason})
+    return {
+        "device": name,
+        "name": device.name,
+        "compute_capability": device.compute_capability,
+        "profile": profile["date"] if profile else None,
+        "formats": rows,
+    }
+
+
+def _why_not(device: str, format: str, provider: str) -> str | None:
+    """Try one ordinary attention call: 1024 tokens, 16 heads of 128, bfloat16."""
+    from sagecompile.decide import Keep, decide
+    from sagecompile.kernels import available
+    from sagecompile.settings import Settings
+    from sagecompile.site import AttentionSite
+
+    site = AttentionSite("doctor", "", "sdpa", 1, 16, 16, 1024, 1024, 128, 128, "bfloat16", device)
+
+    def can_run(site: AttentionSite, format: str, name: str) -> str | None:
+        return available.refusal(site, format, name, cuda_graphs=False) if name == provider else f"{name}: not asked"
+
+    decision = decide(site, available.device(device), Settings(policy="always", formats=(format,)), can_run)
+    if not isinstance(decision, Keep):
+        return None
+    return "; ".join(part for part in decision.reason.split("; ") if not part.endswith(": not asked"))
+
+
+def render(found: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"{name:13} {value}" for name, value in found["versions"].items()]
+    lines += ["", "settings      " + ", ".join(f"{key}={value}" for key, value in found["settings"].items())]
+    for device in found["devices"]:
+        capability = device["compute_capability"]
+        shown = f", compute capability {capability[0]}.{capability[1]}" if capability else ""
+        lines += ["", f"{device['device']}: {device['name']}{shown}"]
+        if device["profile"]:
+            lines.append(f"  measured on {device['profile']}: policy=auto uses what won there")
+        else:
+            lines.append("  not measured: policy=auto keeps every site; policy=always uses what is legal")
+        lines += [
+            f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"
+            for row in device["formats"]
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""Masks that the graph itself computes: causal ones are recognised, whatever they are made of; nothing else is."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_kept, assert_used
+from torch import Tensor
+
+N, INF = 24, float("-inf")
+LOWEST = torch.finfo(torch.float32).min
+
+
+def attend(make_mask: Callable[[int, int], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=make_mask(q.shape[2], k.shape[2]))
+
+
+def qkv(q_len: int = N, kv_len: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 2, q_len, 16), torch.randn(2, 2, kv_len, 16), torch.randn(2, 2, kv_len, 16)
+
+
+def fill_in_place(q_len: int, kv_len: int) -> Tensor:
+    return torch.zeros(q_len, kv_len).masked_fill_(torch.ones(q_len, kv_len, dtype=torch.bool).triu(1), INF)
+
+
+CAUSAL = {
+    "tril of ones": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(),
+    "not triu": lambda m, n: ~torch.ones(m, n, dtype=torch.bool).triu(1),
+    "compared positions": lambda m, n: torch.arange(m)[:, None] >= torch.arange(n)[None],
+    "compared the other way": lambda m, n: torch.arange(n)[None].le(torch.arange(m)[:, None]),
+    "with batch and heads": lambda m, n: (torch.arange(m)[:, None] >= torch.arange(n))[None, None].expand(2, 1, m, n),
+    "float, -inf": lambda m, n: torch.full((m, n), INF).triu(1),
+    "float, the lowest value": lambda m, n: torch.full((m, n), LOWEST).triu(diagonal=1),
+    "float, -1e9": lambda m, n: torch.triu(torch.ones(m, n), 1) * -1e9,
+    "where": lambda m, n: torch.where(torch.arange(m)[:, None] < torch.arange(n), INF, 0.0),
+    "masked_fill": lambda m, n: torch.zeros(m, n).masked_fill(torch.ones(m, n, dtype=torch.bool).triu(1), LOWEST),
+    "1 - tril, scaled": lambda m, n: (1.0 - torch.ones(m, n).tril()) * LOWEST,
+    "a window wider than the sequence": lambda m, n: (torch.arange(m)[:, None] >= torch.arange(n))
+    & (torch.arange(m)[:, None] - torch.arange(n) < 1000),
+    "PyTorch's own": lambda m, n: torch.nn.Transformer.generate_square_subsequent_mask(n),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_recognised_as_causal(name: str) -> None:
+    backend = assert_used(attend(CAUSAL[name]), *qkv())
+    assert backend.report.used[0].site.is_causal
+    assert "scaled_dot_product_attention" not in backend.targets
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(8, 24), (24, 8)])
+def test_recognised_as_causal_top_left(q_len: int, kv_len: int) -> None:
+    assert_used(attend(lambda m, n: torch.ones(m, n, dtype=torch.bool).tril()), *qkv(q_len, kv_len))
+
+
+NOTHING_MASKED = {
+    "all true": lambda m, n: torch.ones(m, n, dtype=torch.bool),
+    "all zero": lambda m, n: torch.zeros(m, n),
+    "broadcast": lambda m, n: torch.ones(2, 1, 1, n, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_MASKED)
+def test_recognised_as_masking_nothing(name: str) -> None:
+    backend = assert_used(attend(NOTHING_MASKED[name]), *qkv())
+    assert not backend.report.used[0].site.is_causal
+
+
+def changed_through_a_view(m: int, n: int) -> Tensor:
+    mask = torch.ones(m, n, dtype=torch.bool).tril()
+    mask[3].fill_(True)
+    return mask
+
+
+def changed_afterwards(m: int, n: int) -> Tensor:
+    mask = torch.ones(m, n, dtype=torch.bool).tril()
+    mask[:, 0] = False
+    mask[0] = True
+    return mask
+
+
+LOOKALIKES = {
+    "sliding window": lambda m, n: (torch.arange(m)[:, None] >= torch.arange(n))
+    & (torch.arange(m)[:, None] - torch.arange(n) < 4),
+    "diagonal hidden too": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(-1) | torch.eye(m, n).bool(),
+    "one diagonal more": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(1),
+    "one diagonal less": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(-1),
+    "anti-causal": lambda m, n: torch.ones(m, n, dtype=torch.bool).triu(),
+    "prefix": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril() | (torch.arange(n) < 5),
+    "soft: -1 instead of -inf": lambda m, n: torch.full((m, n), -1.0).triu(1),
+    "ALiBi": lambda m, n: torch.full((m, n), INF).triu(1) + 0.5 * torch.arange(n),
+    "inverted": lambda m, n: torch.full((m, n), INF).tril(-1),
+    "random": lambda m, n: torch.rand(m, n) > 0.5 if False else torch.empty(m, n).fill_(1.0).tril().bool(),
+    "changed through a view": changed_through_a_view,
+    "changed afterwards": changed_afterwards,
+    "changed while it is made": fill_in_place,
+}
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_not_recognised(name: str) -> None:
+    assert_kept(attend(LOOKALIKES[name]), *qkv(), because="mask ")
+
+
+def test_bottom_right_alignment_is_not_top_left() -> None:
+    bottom_right = attend(lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(n - m))
+    assert_kept(bottom_right, *qkv(8, 24), because="mask bool (8, 24): needs none, or one that the graph shows to be causal")
+
+
+def test_causal_for_part_of_the_batch_only() -> None:
+    def half(m: int, n: int) -> Tensor:
+        causal = torch.ones(m, n, dtype=torch.bool).tril()
+        return torch.stack([causal, torch.ones_like(causal)])[:, None]
+
+    assert_kept(attend(half), *qkv(), because="mask bool (2, 1, 24, 24)")
+
+
+def test_a_causal_mask_with_the_padding_of_an_input_is_kept() -> None:
+    def padded(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        mask = torch.ones(N, N, dtype=torch.bool).tril() & valid[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    assert_kept(padded, *qkv(), torch.arange(N).expand(2, N) < 20, because="mask bool (2, 1, 24, 24)")
+
+
+def test_symbolic_lengths_assume_nothing() -> None:
+    assert_kept(attend(CAUSAL["tril of ones"]), *qkv(), because="mask bool (s", dynamic=True)
+
+
+def test_a_change_of_the_scores_does_not_hide_the_mask() -> None:
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        scores += torch.full((N, N), INF).triu(1)
+        return scores.softmax(-1) @ v
+
+    assert assert_used(eager, *qkv()).report.used[0].site.is_causal
+
+
+def test_forty_layers_compute_their_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sagecompile.passes import masks
+
+    computed = []
+    original = masks.constant
+    monkeypatch.setattr(masks, "constant", lambda node: computed.append(node) or original(node))
+
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        for _ in range(40):
+            q = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return q
+
+    assert_used(layers, *qkv(), sites=40)
+    assert len(computed) == 1

@@ -1,0 +1,137 @@
+"""What the tests share: how an error is measured and what it may be, and how to compile something and see what was done.
+
+In: a function and its inputs. Out: its output and the Report (`compiled`, through Inductor; `rewritten`, without it, fast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sagecompile import passes, report
+from sagecompile.backend import decider
+from sagecompile.report import Report
+from sagecompile.settings import Settings
+
+ACCURATE, FAST = "qk_int8_pv_fp16", "qk_int8_pv_fp8"
+
+# Relative L2 error, ||actual - expected|| / ||expected||, against float64 attention, for N(0,1) q, k, v with a bias of 3 on every channel of k.
+TOLERANCE = {ACCURATE: 0.02, FAST: 0.045}
+
+# The same metric between two computations that are both not quantized, in the dtype of the inputs.
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """||actual - expected|| / ||expected|| over all elements, in float64; over every tensor of a tuple or dict together.
+
+    Infinite if a NaN or Inf is on one side only; where it is on both sides, the place does not count.
+    """
+    a = torch.cat([leaf.detach().cpu().double().flatten() for leaf in tree_leaves(actual) if torch.is_tensor(leaf)])
+    e = torch.cat([leaf.detach().cpu().double().flatten() for leaf in tree_leaves(expected) if torch.is_tensor(leaf)])
+    assert a.shape == e.shape, f"{tuple(a.shape)} and {tuple(e.shape)} elements"
+    finite = e.isfinite()
+    if not torch.equal(finite, a.isfinite()) or not torch.equal(e.isnan(), a.isnan()):
+        return float("inf")
+    a, e = a[finite], e[finite]
+    return float((a - e).norm() / e.norm().clamp_min(1e-300)) if e.numel() else 0.0
+
+
+def exact_attention(q: Any, k: Any, v: Any, scale: float | None = None, is_causal: bool = False) -> torch.Tensor:
+    """Attention in float64, spelled out; q (B, H, Nq, D), k and v (B, Hkv, Nk, D); causal: query i sees the keys j <= i."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def compiled(
+    fn: Callable[..., Any],
+    *args: Any,
+    policy: str = "always",
+    formats: Iterable[str] | None = None,
+    options: dict[str, Any] | None = None,
+    call_kwargs: dict[str, Any] | None = None,
+    **compile_kwargs: Any,
+) -> tuple[Any, Report]:
+    """What `torch.compile(fn, backend="sage_inductor")` returns for `args`, and the Report of all its graphs."""
+    options = {"sage.policy": policy, **({"sage.formats": tuple(formats)} if formats else {}), **(options or {})}
+    torch._dynamo.reset()
+    with report.recording() as reports:
+        out = torch.compile(fn, backend="sage_inductor", options=options, **compile_kwargs)(*args, **(call_kwargs or {}))
+    return out, sum(reports, Report(graphs=0))
+
+
+class Rewriter:
+    """A torch.compile backend that runs our passes alone and then the graph as it is: fast, and the graph can be read."""
+
+    def __init__(self, formats: Iterable[str] = (ACCURATE,), policy: str = "always") -> None:
+        self.decide = decider(Settings(policy=policy, formats=tuple(formats)), cuda_graphs=False)
+        self.graphs: list[fx.GraphModule] = []
+        self.before: list[list[str]] = []
+        self.report = Report(graphs=0)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self.before.append([node.format_node() or "" for node in gm.graph.nodes])
+        self.report += passes.run(gm, self.decide)
+        gm.graph.lint()
+        self.graphs.append(gm)
+        return gm.forward
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the calls in the graphs afterwards, in order."""
+        calls = [node for gm in self.graphs for node in gm.graph.nodes if node.op.startswith("call")]
+        return [getattr(node.target, "__name__", str(node.target)) for node in calls]
+
+
+def rewritten(
+    fn: Callable[..., Any], *args: Any, call_kwargs: dict[str, Any] | None = None, dynamic: bool | None = None, **how: Any
+) -> tuple[Any, Rewriter]:
+    """What `fn` returns with its graphs rewritten but not compiled, and the Rewriter with report and graphs."""
+    torch._dynamo.reset()
+    backend = Rewriter(**how)
+    return torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **(call_kwargs or {})), backend
+
+
+def detached(inputs: Any) -> Any:
+    """Copies of all tensors, for a second run on the same values."""
+    return tree_map_only(torch.Tensor, lambda x: x.detach().clone(), inputs)
+
+
+def assert_used(fn: Callable[..., Any], *args: Any, sites: int = 1, tolerance: float = 0.02, **how: Any) -> Rewriter:
+    """Every site of `fn(*args)` is rewritten, there are `sites` of them, and the result is `fn`'s."""
+    expected = fn(*detached(args))
+    actual, backend = rewritten(fn, *args, **how)
+    assert [entry.decision.reason for entry in backend.report.kept] == []
+    assert len(backend.report.used) == sites
+    assert relative_error(actual, expected) <= tolerance
+    return backend
+
+
+def assert_kept(fn: Callable[..., Any], *args: Any, because: str, **how: Any) -> Rewriter:
+    """The one site of `fn(*args)` is kept with a reason that starts with `because`, and the result is `fn`'s own."""
+    expected = fn(*detached(args))
+    actual, backend = rewritten(fn, *args, **how)
+    assert backend.report.used == ()
+    (entry,) = backend.report.kept
+    assert entry.decision.reason.startswith(because), entry.decision.reason
+    assert relative_error(actual, expected) <= 1e-6
+    return backend
+
+
+def assert_no_site(fn: Callable[..., Any], *args: Any, **how: Any) -> Rewriter:
+    """`fn(*args)` has no site, and the result is `fn`'s own."""
+    expected = fn(*detached(args))
+    actual, backend = rewritten(fn, *args, **how)
+    assert backend.report.entries == ()
+    assert relative_error(actual, expected) <= 1e-6
+    return backend
