@@ -16,6 +16,7 @@ from sagecompile.decide import Decision, Use
 from sagecompile.report import Entry, Report
 from sagecompile.site import AttentionSite
 
+from .graph import with_subgraphs
 from .match import find
 from .rewrite import rewrite
 from .shield import shield_softmax
@@ -27,7 +28,8 @@ def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision]) -> Report:
     """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision."""
     matches = find(gm.graph)
     decided = [(match, decide(match.site)) for match in matches]
-    rewrite(gm.graph, [(match, decision) for match, decision in decided if isinstance(decision, Use)])
-    shield_softmax(gm.graph)
-    gm.recompile()
+    rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
+    for graph in with_subgraphs(gm.graph):
+        shield_softmax(graph)
+        graph.owning_module.recompile()
     return Report(tuple(Entry(match.site, decision) for match, decision in decided))

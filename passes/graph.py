@@ -23,7 +23,21 @@ IN_PLACE_OPERATORS = frozenset(
         "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem delitem"
     ).split()
 )
+TRANSPARENT = ("tag_activation_checkpoint", "cond", "invoke_subgraph")
+"""Higher-order ops whose subgraphs run as if they stood there: a checkpointed block, the branches of a condition."""
 COPIED_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def with_subgraphs(graph: fx.Graph) -> list[fx.Graph]:
+    """The graph, and those inside it that run as if they stood there, each once."""
+    found = {graph: None}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and name_of(node.target) in TRANSPARENT:
+            for item in node.all_input_nodes:
+                module = getattr(graph.owning_module, str(item.target), None) if item.op == "get_attr" else None
+                if isinstance(module, fx.GraphModule):
+                    found |= dict.fromkeys(with_subgraphs(module.graph))
+    return list(found)
 
 
 def value(node: Any) -> Any:
@@ -123,6 +137,19 @@ def erase_dead(graph: fx.Graph, roots: Iterable[fx.Node]) -> None:
             graph.erase_node(node)
 
 
+def autocast_is_on(node: fx.Node, device_type: str) -> bool:
+    """Whether autocast is on where the node is: by the innermost region of the graph around it, or around the graph."""
+    regions: list[fx.Node] = []
+    for item in node.graph.nodes:
+        if item is node:
+            break
+        if calls(item, "_enter_autocast") and item.args[0] == device_type:
+            regions.append(item)
+        elif calls(item, "_exit_autocast") and item.args[0] in regions:
+            regions.remove(item.args[0])
+    return bool(regions[-1].args[2]) if regions else torch.is_autocast_enabled(device_type)
+
+
 def module_path(node: fx.Node) -> str:
     """`model.layers.3.self_attn` from Dynamo's module stack; `model` itself where the call is in the outermost forward."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -146,8 +173,8 @@ def source_line(node: fx.Node) -> str:
 class Builder:
     """Inserts calls in front of an anchor node, with its source location and with example values of their own."""
 
-    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
-        self.graph = graph
+    def __init__(self, anchor: fx.Node) -> None:
+        self.graph = anchor.graph
         self.anchor = anchor
         self.metadata = {key: anchor.meta[key] for key in COPIED_METADATA if key in anchor.meta}
 
@@ -158,6 +185,7 @@ class Builder:
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
         # Dynamo's own mode: the one that is current while a backend runs is another.
         modes = [leaf.fake_mode for leaf in tree_leaves((fake_args, fake_kwargs)) if isinstance(leaf, FakeTensor)]
-        with modes[0], torch.no_grad():
-            node.meta["example_value"] = function(*fake_args, **fake_kwargs)
+        if modes:  # none inside torch.vmap, whose tensors mean nothing outside it
+            with modes[0], torch.no_grad():
+                node.meta["example_value"] = function(*fake_args, **fake_kwargs)
         return node

@@ -30,6 +30,8 @@ PURE = frozenset(
     ).split()
 )
 """Calls whose result depends on their arguments alone."""
+PURE_BUT_IN_PLACE = ("fill_", "masked_fill_", "tril_", "triu_")
+"""Calls that write to their first argument as well: repeated in order, with all others that write to it."""
 
 
 def describe(node: Any) -> str:
@@ -101,7 +103,7 @@ def constant(node: Any) -> torch.Tensor | None:
 
 
 def _subgraph(node: Any) -> list[fx.Node] | None:
-    """The nodes that `node` is computed from, in order, if all of them are pure and none is an input or changed."""
+    """The nodes that `node` is computed from, in order, if all are pure, none is an input and nothing else writes to them."""
     if not isinstance(node, fx.Node):
         return None
     needed: set[fx.Node] = set()
@@ -112,12 +114,14 @@ def _subgraph(node: Any) -> list[fx.Node] | None:
             continue
         found = tensor(item)
         too_large = found is not None and not (_static(found) and found.numel() <= MAX_ELEMENTS)
-        if not calls(item, *PURE) or mutates(item) or too_large:
+        pure = calls(item, *PURE) and not mutates(item)
+        if not (pure or calls(item, *PURE_BUT_IN_PLACE)) or too_large:
             return None
         needed.add(item)
         waiting.extend(item.all_input_nodes)
     memory = {storage(found) for found in map(tensor, needed) if found is not None}
-    changed = {storage(found) for item in node.graph.nodes if mutates(item) for found in written(item)}
+    others = [item for item in node.graph.nodes if mutates(item) and item not in needed]
+    changed = {storage(found) for item in others for found in written(item)}
     if None in memory or memory & changed:
         return None
     return [item for item in node.graph.nodes if item in needed]

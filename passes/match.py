@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from .graph import calls, live_nodes
+from .graph import calls, live_nodes, with_subgraphs
 from .modules import match_encoder_layer, match_functional_mha, match_native_mha
 from .pattern import Match
 from .sdpa import match_sdpa
@@ -28,11 +28,12 @@ SPELLINGS: dict[str, Callable[[fx.Node, set[fx.Node]], Match | None]] = {
 
 
 def find(graph: fx.Graph) -> list[Match]:
-    """Every attention call whose result matters."""
-    live = live_nodes(graph)
+    """Every attention call whose result matters, also inside checkpointed blocks and branches."""
     found = []
-    for node in graph.nodes:
-        for name, matcher in SPELLINGS.items():
-            if node in live and calls(node, name):
-                found.append(matcher(node, live))
+    for part in with_subgraphs(graph):
+        live = live_nodes(part)
+        for node in part.nodes:
+            for name, matcher in SPELLINGS.items():
+                if node in live and calls(node, name):
+                    found.append(matcher(node, live))
     return [match for match in found if match is not None]

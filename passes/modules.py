@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from . import masks
-from .graph import Builder, argument, tensor
+from .graph import Builder, argument, autocast_is_on, tensor
 from .operand import Operand
 from .pattern import Attend, Match, make_site
 
@@ -51,17 +51,24 @@ def _first_result(node: fx.Node, live: set[fx.Node]) -> tuple[fx.Node | None, st
 
 
 def _site(anchor: fx.Node, call: fx.Node, spelling: str, args: dict[str, Any], batch_first: bool, **facts: Any) -> Any:
-    """The site of a module whose inputs are (batch, tokens, embed), or (tokens, batch, embed)."""
+    """The site of a module whose inputs are (batch, tokens, embed), or (tokens, batch, embed), or without batch."""
     query, key = tensor(args["query"]), tensor(args["key"])
     assert query is not None and key is not None
-    order = (0, 1, 2) if batch_first else (1, 0, 2)
+    order = (0, 1) if query.dim() == 2 else (0, 1, 2) if batch_first else (1, 0, 2)
     q, k = Operand(args["query"], order), Operand(args["key"], order)
     out = tensor(anchor)
     assert out is not None
     heads = args["num_heads"]
     site = make_site(call, spelling, q, k, k, out.dtype, needs_grad=out.requires_grad, **facts)
-    head_dim = query.shape[2] // heads
+    head_dim = query.shape[-1] // heads
     return replace(site, heads=heads, kv_heads=heads, head_dim=head_dim, value_dim=head_dim)
+
+
+def _autocast_obstacle(node: fx.Node, query: fx.Node) -> str | None:
+    """The fast paths compute in the dtype of their inputs; written out under autocast, they would not."""
+    found = tensor(query)
+    assert found is not None
+    return "autocast on a fast path: needs autocast off" if autocast_is_on(node, found.device.type) else None
 
 
 def _split_heads(build: Builder, x: fx.Node, heads: int, batch_first: bool) -> fx.Node:
@@ -90,7 +97,7 @@ def _project(build: Builder, inputs: list[fx.Node], weight: Any, bias: Any) -> l
 
 
 def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
-    """F.multi_head_attention_forward, which nn.MultiheadAttention calls; query (tokens, batch, embed)."""
+    """F.multi_head_attention_forward, which nn.MultiheadAttention calls; query (tokens, batch, embed) or (tokens, embed)."""
     defaults = {"training": True, "need_weights": True, "is_causal": False, "add_zero_attn": False}
     args = _bind(node, MHA_ARGUMENTS, {**defaults, "use_separate_proj_weight": False})
     anchor, obstacle = _first_result(node, live)
@@ -100,21 +107,20 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
         or any(tensor(args[name]) is None for name in ("query", "key", "value"))
     ):
         return None
-    query = tensor(args["query"])
-    if query is None or query.dim() != 3:
-        return None
+    query, key = tensor(args["query"]), tensor(args["key"])
+    assert query is not None and key is not None
+    batched = query.dim() == 3
     for name in ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask"):
         if args[name] is not None:
             obstacle = obstacle or f"{name}: needs none"
     if args["add_zero_attn"]:
         obstacle = obstacle or "add_zero_attn: needs False"
-    if tensor(args["key"]).shape[1] != query.shape[1]:  # type: ignore[union-attr]
+    if batched and str(key.shape[1]) != str(query.shape[1]):
         obstacle = obstacle or "batch: needs the same on query and key"
     is_causal = args["attn_mask"] is not None and args["is_causal"] and not args["need_weights"]
     mask = None
     if args["attn_mask"] is not None and not is_causal:
-        lengths = query.shape[0], tensor(args["key"]).shape[0]  # type: ignore[union-attr]
-        seen = masks.recognise(args["attn_mask"], *lengths, true_means_masked=True)
+        seen = masks.recognise(args["attn_mask"], query.shape[0], key.shape[0], true_means_masked=True)
         is_causal = seen == masks.CAUSAL
         mask = None if seen else masks.describe(args["attn_mask"])
     site = _site(
@@ -131,6 +137,8 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
         inputs = [args["query"], args["key"], args["value"]]
+        if not batched:
+            inputs = [build.call(torch.unsqueeze, item, 1) for item in inputs]
         if args["use_separate_proj_weight"]:
             bias = args["in_proj_bias"]
             parts = build.call(torch.chunk, bias, 3) if bias is not None else None
@@ -142,7 +150,8 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
             projected = _project(build, inputs, args["in_proj_weight"], args["in_proj_bias"])
         heads = [_split_heads(build, x, args["num_heads"], batch_first=False) for x in projected]
         merged = _merge_heads(build, attend(build, *heads), batch_first=False)
-        return build.call(F.linear, merged, args["out_proj_weight"], args["out_proj_bias"])
+        result = build.call(F.linear, merged, args["out_proj_weight"], args["out_proj_bias"])
+        return result if batched else build.call(torch.squeeze, result, 1)
 
     return Match(site, anchor, emit, tokens_first=True)
 
@@ -154,6 +163,7 @@ def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     if anchor is None or tensor(anchor) is None or tensor(args["query"]) is None or tensor(args["key"]) is None:
         return None
     mask = None if args["mask"] is None else masks.describe(args["mask"])
+    obstacle = obstacle or _autocast_obstacle(node, args["query"])
     site = _site(anchor, node, "nn.MultiheadAttention", args, batch_first=True, mask=mask, obstacle=obstacle)
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
@@ -167,11 +177,14 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
     """torch._transformer_encoder_layer_fwd; src (batch, tokens, embed)."""
     args = _bind(node, LAYER_ARGUMENTS, {})
     src, out = tensor(args["src"]), tensor(node)
-    if src is None or out is None or src.is_nested or src.dim() != 3:
+    if src is None or out is None or src.dim() != 3:
         return None
     args["query"] = args["key"] = args["src"]
     mask = None if args["mask"] is None else masks.describe(args["mask"])
-    site = _site(node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask)
+    obstacle = _autocast_obstacle(node, args["src"])
+    site = _site(
+        node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask, obstacle=obstacle
+    )
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
         def norm(x: fx.Node, which: int) -> fx.Node:

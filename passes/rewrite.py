@@ -18,10 +18,10 @@ from .graph import Builder, erase_dead, tensor
 from .match import Match
 
 
-def rewrite(graph: fx.Graph, used: Sequence[tuple[Match, Use]]) -> None:
-    """Replace each match's anchor by the op of its decision."""
+def rewrite(used: Sequence[tuple[Match, Use]]) -> None:
+    """Replace each match's anchor by the op of its decision, in the graph that it is in."""
     for match, use in used:
-        build = Builder(graph, match.anchor)
+        build = Builder(match.anchor)
         result = match.emit(build, _attend(match, use))
         old, new = tensor(match.anchor), tensor(result)
         assert old is not None and new is not None
@@ -31,8 +31,9 @@ def rewrite(graph: fx.Graph, used: Sequence[tuple[Match, Use]]) -> None:
             new.shape,
         )
         match.anchor.replace_all_uses_with(result)
-    erase_dead(graph, [match.anchor for match, _ in used])
-    graph.lint()
+    for graph in {match.anchor.graph: None for match, _ in used}:
+        erase_dead(graph, [match.anchor for match, _ in used if match.anchor.graph is graph])
+        graph.lint()
 
 
 def _attend(match: Match, use: Use):  # type: ignore[no-untyped-def]  # returns match.Attend

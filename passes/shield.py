@@ -26,7 +26,7 @@ def shield_softmax(graph: fx.Graph) -> int:
             continue
         if dim % found.dim() == found.dim() - 1 or not leads_to_scores(source):
             continue
-        build = Builder(graph, node)
+        build = Builder(node)
         turned = build.call(torch.transpose, source, dim, -1)
         weights = build.call(torch.softmax, turned, -1, dtype=out.dtype)
         node.replace_all_uses_with(build.call(torch.transpose, weights, dim, -1))

@@ -104,17 +104,22 @@ def explain_with(
         return gm.forward
 
     original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
-    torch.compile(original, backend=look)(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    # Dynamo keeps what it compiled with the code object: one of its own leaves the model's and its limits alone.
+    run.__code__ = run.__code__.replace()
+    torch.compile(run, backend=look)(*args, **kwargs)
     return found
 
 
 def _options_of(model: Any) -> dict[str, Any]:
     """The `mode` and `options` that torch.compile was given with our backend, {} for any other model."""
     backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
-    while hasattr(backend, "_torchdynamo_orig_backend"):
-        backend = backend._torchdynamo_orig_backend
-    ours = getattr(backend, "compiler_fn", None) is sage_inductor
-    return dict(backend.kwargs) if ours else {}  # type: ignore[union-attr]
+    while backend is not None and getattr(backend, "compiler_fn", None) is not sage_inductor:
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    return dict(backend.kwargs) if backend is not None else {}
 
 
 def _copy(gm: GraphModule) -> GraphModule:

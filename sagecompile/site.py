@@ -6,7 +6,7 @@ No policy here, and no torch: a symbolic size stays the SymInt it is, so that co
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 Size = Any
@@ -58,7 +58,7 @@ class AttentionSite:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a symbolic size becomes its expression as text."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ def compiled(
     options = {"sage.policy": policy, **({"sage.formats": tuple(formats)} if formats else {}), **(options or {})}
     torch._dynamo.reset()
     with report.recording() as reports:
-        out = torch.compile(fn, backend="sage_inductor", options=options, **compile_kwargs)(*args, **(call_kwargs or {}))
+        out = torch.compile(fn, backend="sage_inductor", options=options, **compile_kwargs)(
+            *args, **(call_kwargs or {})
+        )
     return out, sum(reports, Report(graphs=0))
 
 
@@ -94,7 +96,11 @@ class Rewriter:
 
 
 def rewritten(
-    fn: Callable[..., Any], *args: Any, call_kwargs: dict[str, Any] | None = None, dynamic: bool | None = None, **how: Any
+    fn: Callable[..., Any],
+    *args: Any,
+    call_kwargs: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **how: Any,
 ) -> tuple[Any, Rewriter]:
     """What `fn` returns with its graphs rewritten but not compiled, and the Rewriter with report and graphs."""
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_kept, assert_used
+from support import assert_kept, assert_used, rewritten
 from torch import Tensor
 
 N, INF = 24, float("-inf")
@@ -38,6 +38,7 @@ CAUSAL = {
     "1 - tril, scaled": lambda m, n: (1.0 - torch.ones(m, n).tril()) * LOWEST,
     "a window wider than the sequence": lambda m, n: (torch.arange(m)[:, None] >= torch.arange(n))
     & (torch.arange(m)[:, None] - torch.arange(n) < 1000),
+    "masked_fill in place": fill_in_place,
     "PyTorch's own": lambda m, n: torch.nn.Transformer.generate_square_subsequent_mask(n),
 }
 
@@ -91,16 +92,24 @@ LOOKALIKES = {
     "soft: -1 instead of -inf": lambda m, n: torch.full((m, n), -1.0).triu(1),
     "ALiBi": lambda m, n: torch.full((m, n), INF).triu(1) + 0.5 * torch.arange(n),
     "inverted": lambda m, n: torch.full((m, n), INF).tril(-1),
-    "random": lambda m, n: torch.rand(m, n) > 0.5 if False else torch.empty(m, n).fill_(1.0).tril().bool(),
     "changed through a view": changed_through_a_view,
     "changed afterwards": changed_afterwards,
-    "changed while it is made": fill_in_place,
 }
 
 
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_not_recognised(name: str) -> None:
     assert_kept(attend(LOOKALIKES[name]), *qkv(), because="mask ")
+
+
+def test_a_random_mask_is_kept() -> None:
+    _, backend = rewritten(attend(lambda m, n: torch.rand(m, n) > 0.5), *qkv())
+    assert backend.report.kept[0].decision.reason.startswith("mask bool (24, 24)")
+
+
+def test_a_mask_that_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sagecompile.passes.masks.MAX_ELEMENTS", N * N - 1)
+    assert_kept(attend(CAUSAL["tril of ones"]), *qkv(), because="mask bool (24, 24)")
 
 
 def test_bottom_right_alignment_is_not_top_left() -> None:

@@ -1,0 +1,116 @@
+"""The command line as a user types it: output, exit codes, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sagecompile.cli import main
+
+MODELS = """
+import torch, torch.nn.functional as F
+
+class Model(torch.nn.Module):
+    def forward(self, q, k):
+        return F.scaled_dot_product_attention(q, k, k)
+
+def make():
+    x = torch.randn(1, 2, 64, 64)
+    return Model(), (x, x)
+
+def make_by_name():
+    x = torch.randn(1, 2, 64, 64)
+    return Model(), {"q": x, "k": x}
+
+def wrong():
+    return Model()
+"""
+SCRIPT = """
+import sys, torch, torch.nn.functional as F
+length = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+q = torch.randn(1, 2, length, 64)
+torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend="BACKEND")(q)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SAGECOMPILE_POLICY", "auto")
+    (tmp_path / "cli_models.py").write_text(MODELS)
+    (tmp_path / "script.py").write_text(SCRIPT.replace("BACKEND", "sage_inductor"))
+    (tmp_path / "other.py").write_text(SCRIPT.replace("BACKEND", "eager"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("factory", ["make", "make_by_name"])
+def test_explain_factory(factory, capsys):
+    assert main(["explain", f"cli_models:{factory}", "--policy", "always"]) == 0
+    assert "1 of 1 attention sites rewritten (1 graph)" in capsys.readouterr().out
+
+
+def test_explain_json(capsys):
+    assert main(["explain", "cli_models:make", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 1
+
+
+def test_explain_script_with_its_arguments(capsys):
+    assert main(["explain", "script.py", "--policy", "always", "--", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "1x2x100x64" in out and "script.py:5" in out
+
+
+def test_dump_writes_the_graphs_before_and_after(folder):
+    assert main(["explain", "cli_models:make", "--policy", "always", "--dump", "dumped"]) == 0
+    before = (folder / "dumped/graph_0.before.py").read_text()
+    after = (folder / "dumped/graph_0.after.py").read_text()
+    assert "torch._C._nn.scaled_dot_product" in before and "sagecompile" not in before
+    assert "torch.ops.sagecompile.attention" in after and "torch._C._nn.scaled_dot_product" not in after
+    assert list((folder / "dumped").glob("full_code_for_*.py"))  # depyf's own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "nothing"], "neither module:factory nor script.py"),
+        (["explain", "no_such_module:make"], "No module named 'no_such_module'"),
+        (["explain", "cli_models:missing"], "has no attribute 'missing'"),
+        (["explain", "cli_models:wrong"], "it must return (model, inputs)"),
+        (["explain", "missing.py"], "no file missing.py"),
+        (["explain", "other.py"], 'needs torch.compile(model, backend="sage_inductor")'),
+        (["explain", "cli_models:make", "--policy", "often"], "it can be auto, always, never"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_unknown_command_lists_the_known(capsys):
+    with pytest.raises(SystemExit):
+        main(["explian"])
+    assert "bench" in (error := capsys.readouterr().err) and "explain" in error
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu" and {row["format"] for row in cpu["formats"]} == {"qk_int8_pv_fp16", "qk_int8_pv_fp8"}
+    assert all(row["works"] for row in cpu["formats"] if row["provider"] == "reference")
+    assert main(["doctor"]) == 0
+    assert "reference     works" in capsys.readouterr().out
+
+
+def test_bench_prints_ratio_beside_error_and_json_last(capsys, folder):
+    arguments = ["bench", "attention", "--device", "cpu", "--lengths", "32", "--head-dims", "64", "--heads", "2"]
+    assert main([*arguments, "--json", "rows.json", "--profile", "profile.json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = json.loads((folder / "rows.json").read_text())["rows"]
+    assert last["rows"] == len(rows) and {"sdpa", "qk_int8_pv_fp16 reference"} <= {row["what"] for row in rows}
+    assert all(row["ratio"] > 0 and row["error"] < 0.045 for row in rows)
+    profile = json.loads((folder / "profile.json").read_text())
+    assert profile["rows"][0]["speedup_at_length"][0][0] == 32

@@ -1,0 +1,372 @@
+"""Real Transformers architectures, small and random: which sites are found, which are used, and that nothing else changes.
+
+Most tests run the rewritten graph without Inductor; the last section compiles it. Under `-m gpu` the same tests run on
+a GPU, where the Triton kernels do the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from support import ACCURATE, EXACT, FAST, TOLERANCE, Rewriter, compiled, relative_error
+from torch.utils._pytree import tree_map_only
+from zoo import FAMILIES, LENGTH, MASK, SHORTER, WINDOW
+
+from sagecompile.decide import Use
+from sagecompile.report import Report
+
+PROVIDER = {"cpu": "reference", "cuda": "triton"}
+
+CAUSAL_SDPA = ("llama", "qwen3", "gpt2", "clip")
+BIDIRECTIONAL = ("bert", "distilbert")
+CASES = [(name, how) for name, family in FAMILIES.items() for how in family.implementations]
+TEXT_CASES = [(name, how) for name in (*CAUSAL_SDPA, *BIDIRECTIONAL) for how in ("sdpa", "eager")]
+
+
+def on(device: str, inputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+
+
+def text(device: str, batch: int = 2, length: int = LENGTH, padded: int | None = None) -> dict[str, torch.Tensor]:
+    """Token ids, and with `padded` an attention mask that hides so many tokens at the start of the first sequence."""
+    inputs = zoo.tokens(batch, length)
+    if padded is not None:
+        inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
+        inputs["attention_mask"][0, :padded] = 0
+    return on(device, inputs)
+
+
+def outputs(result: Any) -> torch.Tensor:
+    """Logits or hidden states: the first output of every model here."""
+    return result[0]
+
+
+def run(model: Any, *calls: dict[str, Any], dynamic: bool | None = None, format: str = ACCURATE) -> tuple[Report, float]:
+    """Report and largest relative error of the calls, through one model that is rewritten but not compiled."""
+    backend = Rewriter(formats=(format,))
+    rewritten = torch.compile(model, backend=backend, dynamic=dynamic)
+    error = max(relative_error(outputs(rewritten(**call)), outputs(model(**call))) for call in calls)
+    return backend.report, error
+
+
+def assert_sites(report: Report, expected: dict[str, str]) -> None:
+    """Exactly these sites in this order, kept with a reason that starts so, or used where it is ""."""
+    assert [entry.site.name for entry in report.entries] == list(expected)
+    for entry, because in zip(report.entries, expected.values(), strict=True):
+        reason = "" if isinstance(entry.decision, Use) else entry.decision.reason
+        assert reason.startswith(because) and bool(reason) == bool(because), (entry.site.name, reason)
+
+
+def all_sites(name: str, because: str = "") -> dict[str, str]:
+    return dict.fromkeys(FAMILIES[name].sites, because)
+
+
+# Static shapes, no mask from outside.
+
+
+@pytest.mark.parametrize("format", [ACCURATE, FAST])
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_sites_and_output(name, implementation, format, device):
+    model, family = zoo.build(name, implementation).to(device), FAMILIES[name]
+    report, error = run(model, on(device, family.inputs(2, LENGTH)), dynamic=False, format=format)
+    assert_sites(report, family.sites)
+    assert report.graphs == 1
+    assert {(entry.decision.format, entry.decision.provider) for entry in report.used} <= {(format, PROVIDER[device])}
+    assert error <= (TOLERANCE[format] if report.used else EXACT[torch.float32])
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_batch_of_one(name, implementation, device):
+    model, family = zoo.build(name, implementation).to(device), FAMILIES[name]
+    report, error = run(model, on(device, family.inputs(1, LENGTH)), dynamic=False)
+    assert_sites(report, family.sites)
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_without_a_cache(name, implementation, device):
+    """Position ids then make a mask for packed sequences, which the graph shows to be causal."""
+    model = zoo.build(name, implementation).to(device)
+    report, error = run(model, {**text(device), "use_cache": False}, dynamic=False)
+    assert_sites(report, all_sites(name))
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_kv_heads_are_not_repeated(implementation, device):
+    report, _ = run(zoo.build("llama", implementation).to(device), text(device))
+    assert [(entry.site.heads, entry.site.kv_heads) for entry in report.used] == [(4, 2)] * 2
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_causal_and_cross_attention_of_one_model(implementation, device):
+    model = zoo.build("whisper", implementation).to(device)
+    report, _ = run(model, on(device, FAMILIES["whisper"].inputs(2, SHORTER)))
+    shapes = [(entry.site.is_causal, entry.site.q_len, entry.site.kv_len) for entry in report.used]
+    self_attention, cross_attention = (True, SHORTER, SHORTER), (False, SHORTER, LENGTH)
+    assert shapes == [(False, LENGTH, LENGTH)] * 2 + [self_attention, cross_attention] * 2
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_window_that_is_never_reached(implementation, device):
+    model = zoo.build("mistral", implementation, sliding_window=LENGTH).to(device)
+    report, error = run(model, text(device), dynamic=False)
+    assert_sites(report, all_sites("mistral"))
+    assert error <= TOLERANCE[ACCURATE]
+
+
+def test_window_and_full_attention_in_turn(device):
+    """Without the softcap Gemma 2 may use the layers that see everything; layer 0 has the window."""
+    model = zoo.build("gemma2", "eager", attn_logit_softcapping=None).to(device)
+    report, error = run(model, text(device), dynamic=False)
+    assert_sites(report, {"model.layers.0.self_attn": MASK, "model.layers.1.self_attn": ""})
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_attention_weights_that_are_returned(name, device):
+    model = zoo.build(name, "eager").to(device)
+    inputs = {**on(device, FAMILIES[name].inputs(2, LENGTH)), "output_attentions": True}
+    report, error = run(model, inputs)
+    assert_sites(report, all_sites(name, "attention weights: used elsewhere"))
+    assert error <= EXACT[torch.float32]
+
+
+# A padding mask is an input: what it hides is not known when the graph is compiled.
+
+
+@pytest.mark.parametrize("padded", [5, 0])
+@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+def test_padding_mask_is_kept(name, implementation, padded, device):
+    model = zoo.build(name, implementation).to(device)
+    report, error = run(model, text(device, padded=padded), dynamic=False)
+    assert_sites(report, all_sites(name, MASK))
+    assert error <= EXACT[torch.float32]
+
+
+def test_padding_of_the_encoder_leaves_the_decoder(device):
+    """T5: the decoder's cross-attention then has the mask, its self-attention the bias."""
+    model = zoo.build("t5", "sdpa").to(device)
+    inputs = on(device, FAMILIES["t5"].inputs(2, LENGTH))
+    report, error = run(model, {**inputs, "attention_mask": text(device, padded=5)["attention_mask"]})
+    assert_sites(report, all_sites("t5", MASK))
+    assert error <= EXACT[torch.float32]
+
+
+# Dynamic lengths.
+
+
+def dynamic_because(name: str, implementation: str, use_cache: bool) -> str:
+    """Why a site of symbolic length is kept, "" if it is used.
+
+    SDPA with is_causal, or without a mask, is used. Eager causal attention adds a mask, and without a cache there is one
+    for packed sequences: with symbolic lengths the graph does not show what they hide.
+    """
+    if name in BIDIRECTIONAL or (implementation == "sdpa" and use_cache):
+        return ""
+    return MASK
+
+
+@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+def test_marked_dynamic(name, implementation, device):
+    model, calls = zoo.build(name, implementation).to(device), [text(device), text(device, length=SHORTER)]
+    for call in calls:
+        torch._dynamo.mark_dynamic(call["input_ids"], 1)
+    report, error = run(model, *calls)
+    assert_sites(report, all_sites(name, dynamic_because(name, implementation, use_cache=True)))
+    assert report.graphs == 1
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+def test_second_length_makes_it_dynamic(name, implementation, device):
+    model, calls = zoo.build(name, implementation).to(device), [text(device, length=n) for n in (LENGTH, SHORTER, 63)]
+    report, error = run(model, *calls)
+    static, dynamic = report.entries[:2], report.entries[2:]
+    assert_sites(Report(static), all_sites(name))
+    assert_sites(Report(dynamic), all_sites(name, dynamic_because(name, implementation, use_cache=True)))
+    assert report.graphs == 2
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+def test_everything_dynamic(name, implementation, device):
+    """`dynamic=True` also makes the module's float attribute `scaling` an input."""
+    model, calls = zoo.build(name, implementation).to(device), [text(device), text(device, length=SHORTER)]
+    report, error = run(model, *calls, dynamic=True)
+    assert_sites(report, all_sites(name, "scale computed" if implementation == "sdpa" else "mul on the scores"))
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dynamic_length_without_a_cache(implementation, device):
+    inputs = text(device)
+    torch._dynamo.mark_dynamic(inputs["input_ids"], 1)
+    report, error = run(zoo.build("llama", implementation).to(device), {**inputs, "use_cache": False})
+    assert_sites(report, all_sites("llama", dynamic_because("llama", implementation, use_cache=False)))
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_dynamic_batch(name, implementation, device):
+    model, calls = zoo.build(name, implementation).to(device), []
+    for batch in (2, 3):
+        calls.append(on(device, FAMILIES[name].inputs(batch, LENGTH)))
+        torch._dynamo.mark_dynamic(next(iter(calls[-1].values())), 0)
+    report, error = run(model, *calls)
+    assert_sites(report, all_sites(name))
+    assert report.graphs == 1
+    assert error <= TOLERANCE[ACCURATE]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "t5"])
+def test_nothing_special_is_used_because_it_is_dynamic(name, device):
+    """A window, a softcap and a position bias are kept with symbolic lengths too."""
+    model, calls = zoo.build(name, "eager").to(device), []
+    for length in (LENGTH, SHORTER - 1):
+        calls.append(on(device, FAMILIES[name].inputs(2, length)))
+    report, error = run(model, *calls)
+    kept = {name for name, because in FAMILIES[name].sites.items() if because}
+    assert kept.isdisjoint(entry.site.name for entry in report.used)
+    assert error <= TOLERANCE[ACCURATE]
+
+
+def test_window_reached_by_the_second_length_only(device):
+    """Compiled below the window, the same model must not be served above it."""
+    model = zoo.build("mistral", "sdpa").to(device)
+    report, error = run(model, text(device, length=WINDOW - 2), text(device, length=LENGTH))
+    assert [isinstance(entry.decision, Use) for entry in report.entries] == [True, True, False, False]
+    assert error <= TOLERANCE[ACCURATE]
+
+
+# Dtypes and gradients.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if case[0] in ("llama", "gpt2", "bert", "vit")])
+def test_half_precision_model(name, implementation, dtype, device):
+    model = zoo.build(name, implementation).to(device, dtype)
+    cast = tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, FAMILIES[name].inputs(2, LENGTH))
+    report, error = run(model, on(device, cast))
+    assert_sites(report, all_sites(name))
+    assert {entry.site.dtype for entry in report.used} == {str(dtype).removeprefix("torch.")}
+    assert error <= TOLERANCE[ACCURATE] + EXACT[dtype]
+
+
+@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if case[0] in ("llama", "bert", "vit")])
+def test_autocast(name, implementation, device):
+    model, inputs = zoo.build(name, implementation).to(device), on(device, FAMILIES[name].inputs(2, LENGTH))
+    with torch.autocast(device, torch.bfloat16):
+        report, error = run(model, inputs)
+    assert_sites(report, all_sites(name))
+    assert {entry.site.dtype for entry in report.used} == {"bfloat16"}
+    assert error <= TOLERANCE[ACCURATE] + EXACT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_training_step(implementation, device):
+    model = zoo.build("llama", implementation).to(device).requires_grad_(True).train()
+    inputs = text(device)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    backend = Rewriter()
+    torch.compile(model, backend=backend)(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert_sites(backend.report, all_sites("llama", "needs a gradient"))
+    assert relative_error({name: p.grad for name, p in model.named_parameters()}, expected) <= EXACT[torch.float32]
+
+
+def test_only_sites_that_a_gradient_flows_through_are_kept(device):
+    """Fine-tuning the last layer: the first one runs forward only."""
+    model = zoo.build("llama", "sdpa").to(device)
+    model.model.layers[1].requires_grad_(True)
+    report, _ = run(model, text(device))
+    assert_sites(report, {"model.layers.0.self_attn": "", "model.layers.1.self_attn": "needs a gradient"})
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dropout_is_kept(implementation, device):
+    """Monte-Carlo dropout: training mode, no gradient."""
+    model = zoo.build("bert", implementation).to(device).train()
+    backend = Rewriter()
+    torch.compile(model, backend=backend)(**text(device))
+    assert_sites(backend.report, all_sites("bert", "dropout_p 0.1"))
+
+
+# Generation.
+
+
+def generate(model: Any, inputs: dict[str, Any], cache: str) -> Any:
+    """Eight greedy tokens, with their logits and the cache."""
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": True}
+    return model.generate(
+        **inputs, **options, cache_implementation=cache, return_dict_in_generate=True, output_logits=True
+    )
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_generate(implementation, cache, device):
+    """Every token is, within the quantization's error, the one that eager finds best after the tokens before it."""
+    model, inputs = zoo.build("llama", implementation).to(device), text(device)
+    forward, backend = model.forward, Rewriter()
+    model.forward = torch.compile(forward, backend=backend)
+    generated = generate(model, inputs, cache).sequences
+    model.forward = forward
+    logits = model(generated[:, :-1]).logits[:, LENGTH - 1 :]
+    chosen = logits.gather(-1, generated[:, LENGTH:, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() <= 3 * TOLERANCE[ACCURATE] * logits.std()
+    # Prefill into a static cache adds a mask in eager attention: it depends on how full the cache is.
+    assert bool(backend.report.used) == ((implementation, cache) != ("eager", "static"))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_kv_cache_reads_as_after_eager(cache, device):
+    """Layer 0, whose keys do not depend on any attention: not one bit of K or V is touched."""
+    model, inputs = zoo.build("llama", "sdpa").to(device), text(device)
+    expected = generate(model, inputs, cache)
+    model.forward = torch.compile(model.forward, backend=Rewriter())
+    actual = generate(model, inputs, cache)
+    prompt = slice(0, LENGTH)  # later tokens may differ
+    for what in ("keys", "values"):
+        kept, seen = (getattr(result.past_key_values.layers[0], what) for result in (expected, actual))
+        assert torch.equal(seen[:, :, prompt], kept[:, :, prompt])
+
+
+# Through Inductor.
+
+
+@pytest.mark.parametrize("format", [ACCURATE, FAST])
+@pytest.mark.parametrize(("name", "implementation"), [("llama", "sdpa"), ("gpt2", "eager"), ("whisper", "eager")])
+def test_compiled(name, implementation, format, device):
+    model, inputs = zoo.build(name, implementation).to(device), on(device, FAMILIES[name].inputs(2, LENGTH))
+    out, report = compiled(model, call_kwargs=inputs, formats=(format,), fullgraph=True)
+    assert_sites(report, FAMILIES[name].sites)
+    assert relative_error(outputs(out), outputs(model(**inputs))) <= TOLERANCE[format]
+
+
+def test_compiled_for_any_length(device):
+    model, calls = zoo.build("llama", "sdpa").to(device), [text(device), text(device, length=SHORTER)]
+    for call in calls:
+        torch._dynamo.mark_dynamic(call["input_ids"], 1)
+    with torch.compiler.set_stance("default"):
+        fast = torch.compile(model, backend="sage_inductor", options={"sage.policy": "always"}, fullgraph=True)
+        errors = [relative_error(outputs(fast(**call)), outputs(model(**call))) for call in calls]
+    assert max(errors) <= TOLERANCE[ACCURATE]
+
+
+def test_compiled_and_kept_is_what_inductor_gives(device):
+    """policy=never, a static cache: the very tokens and logits of backend="inductor"."""
+    inputs, results = text(device), []
+    for how in ({"backend": "inductor"}, {"backend": "sage_inductor", "options": {"sage.policy": "never"}}):
+        torch._dynamo.reset()
+        model = zoo.build("llama", "sdpa").to(device)
+        model.forward = torch.compile(model.forward, **how)
+        results.append(generate(model, inputs, "static"))
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert torch.equal(torch.stack(results[0].logits), torch.stack(results[1].logits))

@@ -1,0 +1,123 @@
+"""The shape of the project: the public surface, what importing costs, which way imports point, the README's file tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAY_IMPORT = {
+    "errors": set(),
+    "formats": set(),
+    "site": set(),
+    "dump": set(),
+    "settings": {"errors", "formats"},
+    "cost": {"site"},
+    "decide": {"cost", "formats", "settings", "site"},
+    "report": {"decide", "site"},
+    "kernels": {"formats", "site"},
+    "ops": {"errors", "formats", "kernels"},
+    "passes": {"decide", "ops", "report", "site"},
+    "backend": {"decide", "dump", "kernels", "passes", "report", "settings", "site"},
+    "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
+}
+"""cli -> backend -> passes -> decide -> cost, formats, site; ops -> kernels. Never the other way."""
+
+
+def test_public_surface():
+    import sagecompile
+
+    assert (
+        sagecompile.__all__
+        == sorted(sagecompile.__all__)
+        == [
+            "OptionError",
+            "Report",
+            "SageCompileError",
+            "UnsupportedError",
+            "__version__",
+            "explain",
+            "sage_inductor",
+        ]
+    )
+    assert all(hasattr(sagecompile, name) for name in sagecompile.__all__)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import sagecompile", "import sagecompile.cli; sagecompile.cli.main(['--help'])"],
+    ids=["import", "help"],
+)
+def test_loads_no_torch(statement):
+    code = f"import sys\ntry:\n    {statement}\nexcept SystemExit: pass\nprint(sorted({{'torch', 'triton', 'vllm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_backend_is_found_without_an_import():
+    code = "import torch; print('sage_inductor' in torch._dynamo.list_backends())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_the_folder_passes_refuses_its_plain_name():
+    done = subprocess.run([sys.executable, "-c", "import passes"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "the package sagecompile.passes" in done.stderr
+
+
+def imported_parts(file: Path, part: str) -> set[str]:
+    """The parts of sagecompile that a file imports at any level, its own left out."""
+    found = set()
+    package = ("sagecompile", *file.relative_to(ROOT / "sagecompile").parent.parts) if part != "passes" else None
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and package is not None:
+            base = ".".join(package[: len(package) - node.level + 1])
+            names = [".".join(filter(None, (base, node.module, alias.name))) for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("sagecompile.")}
+    return (found & set(MAY_IMPORT)) - {part}
+
+
+def parts() -> list[tuple[str, Path]]:
+    files = [(file.relative_to(ROOT / "sagecompile").parts[0].removesuffix(".py"), file)
+             for file in (ROOT / "sagecompile").rglob("*.py") if file.name not in ("__main__.py",)]  # fmt: skip
+    files = [(part, file) for part, file in files if part != "__init__"]
+    return files + [("passes", file) for file in (ROOT / "passes").rglob("*.py")]
+
+
+@pytest.mark.parametrize(("part", "file"), parts(), ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_imports_point_one_way(part, file):
+    assert imported_parts(file, part) <= MAY_IMPORT[part]
+
+
+def test_readme_tree_is_the_disk():
+    tree = re.search(r"```\n(passes/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree is not None
+    named, folder = set(), ""
+    for line in tree[1].splitlines():
+        path = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
+        if not line.startswith(" "):
+            folder = path if path.endswith("/") else ""
+            named.add(path)
+        else:
+            named.add(folder + path)
+    missing = {path for path in named if not (ROOT / path).exists()}
+    assert not missing
+    on_disk = {
+        f"{top}/{item.name}{'/' if item.is_dir() else ''}"
+        for top in ("passes", "sagecompile")
+        for item in (ROOT / top).iterdir()
+        if item.name not in ("__pycache__", "__init__.py", "__main__.py", "py.typed")
+    }
+    assert on_disk <= named

@@ -1,0 +1,104 @@
+"""The decision, without a GPU: every reason to keep a site, and which candidate wins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sagecompile import decide as module
+from sagecompile.cost import Prediction
+from sagecompile.decide import Keep, Use, decide
+from sagecompile.settings import Settings
+from sagecompile.site import AttentionSite, Device
+
+SITE = AttentionSite(
+    *("model.layers.0", "model.py:1", "sdpa"), 2, 16, 16, 4096, 4096, 128, 128, "bfloat16", "cuda:0", is_causal=True
+)
+H200 = Device("cuda", "NVIDIA H200", (9, 0))
+A100 = Device("cuda", "NVIDIA A100", (8, 0))
+TURING = Device("cuda", "NVIDIA T4", (7, 5))
+ALWAYS = Settings(policy="always")
+
+
+def runs(site, format, provider):
+    return None
+
+
+def refuses_triton(site, format, provider):
+    return "triton failed: CompilationError: no such instruction" if provider == "triton" else None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"obstacle": "attention weights: used elsewhere (by mean)"}, "attention weights: used elsewhere (by mean)"),
+        ({"needs_grad": True}, "needs a gradient: run under torch.inference_mode() or torch.no_grad()"),
+        ({"dropout_p": 0.1}, "dropout_p 0.1: needs 0 (model.eval())"),
+        ({"mask": "bool (2, 1, 8, 8)"}, "mask bool (2, 1, 8, 8): needs none, or one that the graph shows to be causal"),
+        ({"value_dim": 64}, "value head_dim 64: needs q's and k's, 128"),
+        ({"kv_len": 0}, "kv_len 0: nothing to compute"),
+        ({"q_len": 0}, "q_len 0: nothing to compute"),
+        ({"batch": 0}, "batch 0: nothing to compute"),
+        ({"dtype": "float64"}, "dtype float64: needs float16, bfloat16, float32"),
+        ({"head_dim": 256, "value_dim": 256}, "head_dim 256: needs at most 128"),
+        ({"device": "mps"}, "device mps: no provider runs on it"),
+    ],
+)
+def test_what_is_not_legal_is_kept_even_under_always(change, reason):
+    site = replace(SITE, **change)
+    device = H200 if site.device_type == "cuda" else Device(site.device_type, site.device_type)
+    assert decide(site, device, ALWAYS, runs) == Keep(reason)
+
+
+def test_never():
+    assert decide(SITE, H200, Settings(policy="never"), runs).cause == "policy=never"
+
+
+def test_compute_capability_is_named():
+    fp8 = Settings(policy="always", formats=("qk_int8_pv_fp8",))
+    assert decide(SITE, A100, fp8, runs) == Keep("compute capability 8.0: qk_int8_pv_fp8 needs 8.9")
+    assert "qk_int8_pv_fp16 needs 8.0" in decide(SITE, TURING, ALWAYS, runs).reason
+
+
+def test_always_takes_the_formats_in_the_users_order():
+    assert decide(SITE, H200, ALWAYS, runs) == Use("qk_int8_pv_fp16", "triton")
+    turned = Settings(policy="always", formats=("qk_int8_pv_fp8", "qk_int8_pv_fp16"))
+    assert decide(SITE, H200, turned, runs).format == "qk_int8_pv_fp8"
+
+
+def test_a_provider_that_cannot_run_gives_way_to_the_next():
+    assert decide(SITE, H200, ALWAYS, refuses_triton) == Use("qk_int8_pv_fp16", "sageattention")
+
+
+def test_a_kernel_that_cannot_be_built_is_a_keep_with_its_message():
+    decision = decide(SITE, H200, ALWAYS, lambda *_: "triton failed: CompilationError: no such instruction")
+    assert decision == Keep("triton failed: CompilationError: no such instruction")
+
+
+def test_auto_keeps_what_was_not_measured(monkeypatch):
+    monkeypatch.setattr(module, "predict", lambda *_: None)
+    decision = decide(SITE, H200, Settings(), runs)
+    assert isinstance(decision, Keep) and decision.cause == "not measured at this shape on NVIDIA H200"
+
+
+def speeds(table):
+    return lambda site, format, provider, device: (
+        Prediction(table[format, provider], "somewhere") if (format, provider) in table else None
+    )
+
+
+def test_auto_takes_the_largest_predicted_win(monkeypatch):
+    table = {("qk_int8_pv_fp16", "triton"): 1.1, ("qk_int8_pv_fp8", "triton"): 1.3}
+    monkeypatch.setattr(module, "predict", speeds(table))
+    decision = decide(SITE, H200, Settings(), runs)
+    assert decision == Use("qk_int8_pv_fp8", "triton", Prediction(1.3, "somewhere"))
+
+
+def test_auto_asks_for_min_speedup(monkeypatch):
+    monkeypatch.setattr(module, "predict", speeds({("qk_int8_pv_fp16", "triton"): 1.04}))
+    only = ("qk_int8_pv_fp16",)
+    assert decide(SITE, H200, Settings(formats=only), runs).reason.startswith(
+        "predicted 1.04x: qk_int8_pv_fp16 by triton needs 1.05x (somewhere)"
+    )
+    assert isinstance(decide(SITE, H200, Settings(formats=only, min_speedup=1.0), runs), Use)
