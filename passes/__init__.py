@@ -1,6 +1,7 @@
 """The way through the graph, in order: match sites, decide each, rewrite those used, shield the rest; then a report.
 
-In: a Dynamo (pre-grad) graph and `decide`. Out: the same GraphModule, changed in place, and the report of what was done.
+In: a Dynamo (pre-grad) graph and `decide`. Out: the same GraphModule, changed in place, and the report of what was
+done.
 """
 
 if __name__ != "sagecompile.passes":
@@ -31,5 +32,6 @@ def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision]) -> Report:
     rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
     for graph in with_subgraphs(gm.graph):
         shield_softmax(graph)
-        graph.owning_module.recompile()
+        if graph.owning_module is not None:
+            graph.owning_module.recompile()
     return Report(tuple(Entry(match.site, decision) for match, decision in decided))

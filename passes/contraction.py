@@ -18,7 +18,7 @@ from .operand import Operand, peel
 
 @dataclass(frozen=True)
 class Contraction:
-    """`left_labels, right_labels -> out_labels`, one letter a dim; the result is factor * that + added_factor * added."""
+    """factor * (`left_labels, right_labels -> out_labels`) + added_factor * added; one letter a dim."""
 
     node: fx.Node
     spelling: str
@@ -60,7 +60,8 @@ def _product(node: fx.Node, left: Any, right: Any) -> Contraction | None:
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
-    equation, operands = argument(node, 0, "equation"), list(node.args[1:])
+    equation = argument(node, 0, "equation")
+    operands: list[Any] = list(node.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:

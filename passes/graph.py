@@ -6,7 +6,6 @@ that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable
 from pathlib import PurePath
@@ -18,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in (
+    (
         "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem delitem"
     ).split()
 )
+"""Of the module `operator`; as methods, with two underscores on each side."""
 TRANSPARENT = ("tag_activation_checkpoint", "cond", "invoke_subgraph")
 """Higher-order ops whose subgraphs run as if they stood there: a checkpointed block, the branches of a condition."""
 COPIED_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
@@ -57,7 +56,7 @@ def name_of(target: Any) -> str:
 
 
 def calls(node: Any, *names: str) -> bool:
-    """Whether the node calls torch's function, operator or method of one of these names, whatever namespace it is in."""
+    """Whether the node calls torch's function, operator or method of one of these names, in whatever namespace."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return False
     return name_of(node.target) in names and (node.op == "call_method" or _is_torchs(node.target))
@@ -78,19 +77,21 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 def mutates(node: fx.Node) -> bool:
     """Whether the call may change a tensor it is given."""
+    name = name_of(node.target)
+    ends_in_place = name.endswith("_") and not name.endswith("__")
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        return ends_in_place or name.strip("_") in IN_PLACE_OPERATORS
     if node.op != "call_function":
         return node.op == "call_module"
     if isinstance(node.target, torch._ops.HigherOrderOperator):  # a Triton kernel, a subgraph: not looked into
         return True
-    if node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    if getattr(node.target, "__module__", None) == "_operator":  # and_, or_ and not_ are pure
-        return False
-    return name_of(node.target).endswith("_") and not name_of(node.target).endswith("__")
+    if getattr(node.target, "__module__", None) == "_operator":  # its and_, or_ and not_ are pure
+        return name in IN_PLACE_OPERATORS
+    return ends_in_place
 
 
 def written(node: fx.Node) -> list[torch.Tensor]:
@@ -151,12 +152,13 @@ def autocast_is_on(node: fx.Node, device_type: str) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    """`model.layers.3.self_attn` from Dynamo's module stack; `model` itself where the call is in the outermost forward."""
+    """`model.layers.3.self_attn` from Dynamo's module stack."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return "(top level)"
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"^L\['\w+'\]\.?|^G\b", "", path)  # a local is the compiled module itself; a global has a name
+    path = path.replace("__dict__['_modules']", "_modules")  # of a module with its own __getattr__
     path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", r".\1\2", path)
     return re.sub(r"\.+", ".", path).strip(".") or "(top level)"
 

@@ -23,10 +23,11 @@ MAX_ELEMENTS = 1 << 28
 
 PURE = frozenset(
     (
-        "__and__ __or__ add and_ and arange bitwise_and bitwise_not bitwise_or bool clone contiguous cumsum detach diff div eq "
-        "expand expand_as finfo float full full_like ge getitem gt invert le logical_and logical_not logical_or lt "
-        "masked_fill mul ne neg new_full new_ones new_zeros not_ ones ones_like or_ permute reshape rsub scalar_tensor "
-        "size squeeze sub tensor to transpose tril triu truediv type type_as unsqueeze view where zeros zeros_like"
+        "__and__ __or__ add and and_ arange bitwise_and bitwise_not bitwise_or bool clone contiguous cumsum "
+        "detach diff div eq expand expand_as finfo float full full_like ge getitem gt invert le logical_and "
+        "logical_not logical_or lt masked_fill mul ne neg new_full new_ones new_zeros not_ ones ones_like or_ "
+        "permute reshape rsub scalar_tensor size squeeze sub tensor to transpose tril triu truediv type "
+        "type_as unsqueeze view where zeros zeros_like"
     ).split()
 )
 """Calls whose result depends on their arguments alone."""
@@ -103,7 +104,7 @@ def constant(node: Any) -> torch.Tensor | None:
 
 
 def _subgraph(node: Any) -> list[fx.Node] | None:
-    """The nodes that `node` is computed from, in order, if all are pure, none is an input and nothing else writes to them."""
+    """The nodes that `node` is computed from, in order, if all are pure and nothing else writes to them."""
     if not isinstance(node, fx.Node):
         return None
     needed: set[fx.Node] = set()

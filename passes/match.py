@@ -1,6 +1,6 @@
 """Find every attention call of a Dynamo graph, however the model writes it.
 
-In: an FX graph. Out: a list of Match in graph order, also for calls that cannot be rewritten: those carry their obstacle.
+In: an FX graph. Out: a list of Match in graph order, also for calls that cannot be rewritten: they carry an obstacle.
 One spelling a file: sdpa.py, unfused.py for softmax(QK^T)V, modules.py for PyTorch's own modules.
 """
 

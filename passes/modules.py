@@ -30,8 +30,8 @@ NATIVE_ARGUMENTS = (
     "average_attn_weights mask_type"
 ).split()
 LAYER_ARGUMENTS = (
-    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps norm_weight_1 norm_bias_1 "
-    "norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
+    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps "
+    "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
 ).split()
 
 
@@ -97,7 +97,7 @@ def _project(build: Builder, inputs: list[fx.Node], weight: Any, bias: Any) -> l
 
 
 def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
-    """F.multi_head_attention_forward, which nn.MultiheadAttention calls; query (tokens, batch, embed) or (tokens, embed)."""
+    """F.multi_head_attention_forward, which nn.MultiheadAttention calls; query (tokens, batch, embed), or no batch."""
     defaults = {"training": True, "need_weights": True, "is_causal": False, "add_zero_attn": False}
     args = _bind(node, MHA_ARGUMENTS, {**defaults, "use_separate_proj_weight": False})
     anchor, obstacle = _first_result(node, live)
@@ -115,8 +115,6 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
             obstacle = obstacle or f"{name}: needs none"
     if args["add_zero_attn"]:
         obstacle = obstacle or "add_zero_attn: needs False"
-    if batched and str(key.shape[1]) != str(query.shape[1]):
-        obstacle = obstacle or "batch: needs the same on query and key"
     is_causal = args["attn_mask"] is not None and args["is_causal"] and not args["need_weights"]
     mask = None
     if args["attn_mask"] is not None and not is_causal:
@@ -177,16 +175,16 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
     """torch._transformer_encoder_layer_fwd; src (batch, tokens, embed)."""
     args = _bind(node, LAYER_ARGUMENTS, {})
     src, out = tensor(args["src"]), tensor(node)
-    if src is None or out is None or src.dim() != 3:
+    if src is None or out is None or src.is_nested or src.dim() != 3:
         return None
     args["query"] = args["key"] = args["src"]
     mask = None if args["mask"] is None else masks.describe(args["mask"])
     obstacle = _autocast_obstacle(node, args["src"])
-    site = _site(
-        node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask, obstacle=obstacle
-    )
+    site = _site(node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask, obstacle=obstacle)
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
+        x: fx.Node = args["src"]
+
         def norm(x: fx.Node, which: int) -> fx.Node:
             weight, bias = args[f"norm_weight_{which}"], args[f"norm_bias_{which}"]
             return build.call(F.layer_norm, x, (args["embed_dim"],), weight, bias, args["eps"])
@@ -199,7 +197,6 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
             wide = build.call(F.gelu if args["use_gelu"] else F.relu, wide)
             return build.call(F.linear, wide, args["ffn_weight_2"], args["ffn_bias_2"])
 
-        x = args["src"]
         for which, block in ((1, attention), (2, feed_forward)):
             if args["norm_first"]:
                 x = build.call(torch.add, x, block(norm(x, which)))

@@ -31,7 +31,7 @@ class Operand:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """(batch, heads, tokens, head_dim); dims that the model does not have are 1, those it has too many are joined."""
+        """(batch, heads, tokens, head_dim); dims that the model lacks are 1, those it has too many are joined."""
         *batch, tokens, head_dim = self.sizes
         while len(batch) > 2:
             batch = [batch[0] * batch[1], *batch[2:]]
@@ -82,7 +82,7 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
             return None
         order[a], order[b] = order[b], order[a]
     elif calls(node, "permute"):
-        dims = argument(node, 1, "dims") if len(node.args) <= 2 else node.args[1:]
+        dims: Any = argument(node, 1, "dims") if len(node.args) <= 2 else node.args[1:]
         if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) for dim in dims):
             return None
         order = [dim % rank for dim in dims]
@@ -97,11 +97,12 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
 
 def changed_between(first: fx.Node, last: fx.Node, operand: Operand) -> fx.Node | None:
     """A call after `first` and before `last` that may change the operand in place."""
-    memory = storage(tensor(operand.node))
+    found = tensor(operand.node)
+    memory = storage(found) if found is not None else None
     node = first.next
     while node is not last and node.op != "root":
         if mutates(node):
-            changed = {storage(found) for found in written(node)}
+            changed = {storage(item) for item in written(node)}
             if memory is None or memory in changed or None in changed or not changed:
                 return node
         node = node.next
@@ -141,7 +142,7 @@ def _repeat_interleaved(node: fx.Node, heads: int) -> fx.Node | None:
 
 
 def _expanded_and_merged(node: fx.Node, heads: int) -> fx.Node | None:
-    """x of `x[:, :, None].expand(..., n, ...).reshape(...)`: a new dim behind the heads, repeated and merged into them."""
+    """x of `x[:, :, None].expand(..., n, ...).reshape(...)`: a new dim behind the heads, merged into them."""
     expand = argument(node, 0, "input")
     if not calls(node, "reshape", "view", "flatten") or not calls(expand, "expand", "expand_as"):
         return None

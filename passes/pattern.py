@@ -1,6 +1,6 @@
 """What the files for the single spellings share: a Match, and the facts that every site has.
 
-In: the operands of an attention call. Out: its AttentionSite, and obstacles that the shapes or the graph around it raise.
+In: the operands of an attention call. Out: its AttentionSite, and the obstacles that its tensors raise.
 """
 
 from __future__ import annotations
@@ -84,8 +84,6 @@ def tensor_obstacle(node: fx.Node) -> str | None:
         return "inside a torch.func transform: needs a plain call"
     if not isinstance(found, FakeTensor):
         return f"tensor type {type(found).__name__}: needs torch.Tensor"
-    if found.layout != torch.strided:
-        return f"layout {str(found.layout).removeprefix('torch.')}: needs strided"
     for size in found.shape:
         if free_unbacked_symbols(size):
             return f"size {size} computed from data: needs one known before the call"
@@ -93,7 +91,7 @@ def tensor_obstacle(node: fx.Node) -> str | None:
 
 
 def result_obstacle(out: torch.Tensor, q: Operand, v: Operand, order: tuple[int, ...]) -> str | None:
-    """A result that is larger than q says, because a mask or V has more batch dims; dim i of `out` is order[i] of q's."""
+    """A result larger than q says, because a mask widened the scores; dim i of `out` is dim order[i] of q's."""
     expected = [*q.sizes[:-1], v.sizes[-1]]
     if [str(size) for size in out.shape] == [str(expected[dim]) for dim in order]:
         return None

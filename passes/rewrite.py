@@ -15,7 +15,7 @@ import sagecompile.ops  # noqa: F401  (registers torch.ops.sagecompile)
 from sagecompile.decide import Use
 
 from .graph import Builder, erase_dead, tensor
-from .match import Match
+from .pattern import Match
 
 
 def rewrite(used: Sequence[tuple[Match, Use]]) -> None:

@@ -159,7 +159,7 @@ def _step(node: fx.Node, walk: _Walk, softmax: Any) -> fx.Node | None:
                 return None
             factor = 1 / factor if factor else None
         _times(walk, factor)
-        return scores  # type: ignore[no-any-return]
+        return scores
     if calls(node, *SUMS) and isinstance(first, fx.Node) and isinstance(second, fx.Node):
         if node.kwargs.get("alpha", 1) != 1:
             walk.blocked(f"alpha {node.kwargs['alpha']} on the mask: needs 1")

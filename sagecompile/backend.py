@@ -129,13 +129,6 @@ def _copy(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-def _options_of(model: Any) -> dict[str, Any]:
-    """The `mode` and `options` that torch.compile was given with our backend, {} for any other model."""
-    context = getattr(model, "dynamo_ctx", None)
-    backend = getattr(getattr(context, "callback", None), "_torchdynamo_orig_backend", None)
-    return dict(getattr(backend, "kwargs", {}))
-
-
 class SourceStamp(CustomGraphPass):
     """A pass that changes nothing: its uuid puts our sources into the key of Inductor's and AOTAutograd's caches."""
 

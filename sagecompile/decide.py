@@ -22,12 +22,12 @@ class Use:
     format: str
     provider: str
     prediction: Prediction | None = None
-    """None under `policy=always` where nothing is known."""
+    """What `auto` went by; None under `always`, which asks for no measurement."""
 
     @property
     def reason(self) -> str:
         if self.prediction is None:
-            return "policy=always (speed not measured here)"
+            return "policy=always"
         return f"{self.prediction.speedup:.2f}x predicted ({self.prediction.basis})"
 
 
@@ -57,6 +57,7 @@ def decide(site: AttentionSite, device: Device, settings: Settings, can_run: Can
         return Keep(refusal)
     refusals: list[str] = []
     candidates: list[Use] = []
+    auto = settings.policy == "auto"
     for name in settings.formats:
         refused = _format_limit(site, FORMATS[name], device)
         if refused:
@@ -64,8 +65,9 @@ def decide(site: AttentionSite, device: Device, settings: Settings, can_run: Can
             continue
         for provider in PROVIDERS.values():
             if device.type in provider.devices and name in provider.formats:
-                candidates.append(Use(name, provider.name, predict(site, name, provider.name, device.name)))
-    if settings.policy == "auto":
+                wanted = (site, name, provider.name, device.name, settings.min_speedup)
+                candidates.append(Use(name, provider.name, predict(*wanted) if auto else None))
+    if auto:
         candidates, slow = _predicted_wins(candidates, device, settings)
         refusals.extend(slow)
     for use in sorted(candidates, key=_by_prediction):

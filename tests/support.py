@@ -1,6 +1,6 @@
-"""What the tests share: how an error is measured and what it may be, and how to compile something and see what was done.
+"""What the tests share: how an error is measured and what it may be, how to compile something and see what was done.
 
-In: a function and its inputs. Out: its output and the Report (`compiled`, through Inductor; `rewritten`, without it, fast).
+In: a function and its inputs. Out: its output and the Report; `compiled` goes through Inductor, `rewritten` does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sagecompile.settings import Settings
 
 ACCURATE, FAST = "qk_int8_pv_fp16", "qk_int8_pv_fp8"
 
-# Relative L2 error, ||actual - expected|| / ||expected||, against float64 attention, for N(0,1) q, k, v with a bias of 3 on every channel of k.
+# Relative L2 error, ||actual - expected|| / ||expected||, against float64 attention, for N(0,1) q, k, v and a bias of 3
+# on every channel of k.
 TOLERANCE = {ACCURATE: 0.02, FAST: 0.045}
 
 # The same metric between two computations that are both not quantized, in the dtype of the inputs.
@@ -27,7 +28,7 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.b
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """||actual - expected|| / ||expected|| over all elements, in float64; over every tensor of a tuple or dict together.
+    """||actual - expected|| / ||expected|| over all elements in float64, those of a tuple's or dict's tensors together.
 
     Infinite if a NaN or Inf is on one side only; where it is on both sides, the place does not count.
     """
@@ -42,7 +43,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def exact_attention(q: Any, k: Any, v: Any, scale: float | None = None, is_causal: bool = False) -> torch.Tensor:
-    """Attention in float64, spelled out; q (B, H, Nq, D), k and v (B, Hkv, Nk, D); causal: query i sees the keys j <= i."""
+    """In float64, spelled out; q (B, H, Nq, D), k and v (B, Hkv, Nk, D); causal: query i sees the keys j <= i."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -73,7 +74,7 @@ def compiled(
 
 
 class Rewriter:
-    """A torch.compile backend that runs our passes alone and then the graph as it is: fast, and the graph can be read."""
+    """A torch.compile backend that runs our passes and then the graph as it is: fast, and the graph can be read."""
 
     def __init__(self, formats: Iterable[str] = (ACCURATE,), policy: str = "always") -> None:
         self.decide = decider(Settings(policy=policy, formats=tuple(formats)), cuda_graphs=False)

@@ -83,7 +83,7 @@ def test_auto_keeps_what_was_not_measured(monkeypatch):
 
 
 def speeds(table):
-    return lambda site, format, provider, device: (
+    return lambda site, format, provider, device, wanted: (
         Prediction(table[format, provider], "somewhere") if (format, provider) in table else None
     )
 

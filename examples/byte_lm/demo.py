@@ -21,7 +21,7 @@ from sagecompile.formats import FORMATS
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 2048
-BLOCKS = 16
+BLOCKS = 8
 """Blocks of CONTEXT bytes to score."""
 
 

@@ -38,22 +38,31 @@ def profiles() -> dict[str, dict[str, Any]]:
     return found
 
 
-def predict(site: AttentionSite, format: str, provider: str, device: str) -> Prediction | None:
-    """The measured speed-up at the longest measured length that the site reaches, or None.
+def predict(site: AttentionSite, format: str, provider: str, device: str, wanted: float) -> Prediction | None:
+    """The speed-up that was measured for such a site, or None; `wanted` is the one that it would take to be used.
 
-    One row of a profile is measured for one format, provider, dtype, head dim and causality, with at least
-    `min_batch_heads` batch x heads and equal lengths. A symbolic length is compared, which makes it a guard.
+    A row of a profile was measured for one format, provider, dtype, head dim and causality, with at least
+    `min_batch_heads` batch x heads, at several equal lengths. From the shortest length on from which it won by
+    `wanted` at every measured one, it is used: that length is the only one compared, so that a symbolic length gets
+    one guard, and none where the kernel wins at no length.
     """
     profile = profiles().get(device)
-    if profile is None:
-        return None
-    for row in profile["rows"]:
+    for row in profile["rows"] if profile else ():
         measured = (row["format"], row["provider"], row["head_dim"], row["is_causal"])
         if measured != (format, provider, site.head_dim, site.is_causal) or site.dtype not in row["dtypes"]:
             continue
+        speedups = sorted(row["speedup_at_length"])
+        losses = [index for index, (_, speedup) in enumerate(speedups) if speedup < wanted]
+        crossing = losses[-1] + 1 if losses else 0
+        when = f"{device}, {profile['date']}"  # type: ignore[index]
+        if crossing == len(speedups):
+            return Prediction(max(speedup for _, speedup in speedups), f"at best, at any length, {when}")
+        length, speedup = speedups[crossing]
         if site.batch * site.heads < row["min_batch_heads"]:
-            continue
-        for length, speedup in sorted(row["speedup_at_length"], reverse=True):
-            if site.q_len >= length and site.kv_len >= length:
-                return Prediction(speedup, f"{device}, {profile['date']}, {length} tokens")
+            return None
+        if site.q_len >= length and site.kv_len >= length:
+            return Prediction(speedup, f"from {length} tokens on, {when}")
+        if crossing == 0:
+            return None
+        return Prediction(speedups[crossing - 1][1], f"below {length} tokens, {when}")
     return None

@@ -1,4 +1,4 @@
-"""Real Transformers architectures, small and random: which sites are found, which are used, and that nothing else changes.
+"""Real Transformers architectures, small and random: which sites are found and used, and that nothing else changes.
 
 Most tests run the rewritten graph without Inductor; the last section compiles it. Under `-m gpu` the same tests run on
 a GPU, where the Triton kernels do the work.
@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from checks import assert_run_by, assert_sites, on, run
 from support import ACCURATE, EXACT, FAST, TOLERANCE, Rewriter, compiled, relative_error
-from torch.utils._pytree import tree_map_only
 from zoo import FAMILIES, LENGTH, MASK, SHORTER, WINDOW
 
 from sagecompile.decide import Use
 from sagecompile.report import Report
 
-PROVIDER = {"cpu": "reference", "cuda": "triton"}
-
-CAUSAL_SDPA = ("llama", "qwen3", "gpt2", "clip")
+CAUSAL = ("llama", "qwen3", "gpt2", "clip")
 BIDIRECTIONAL = ("bert", "distilbert")
+USED = (*CAUSAL, *BIDIRECTIONAL, "vit", "whisper")
 CASES = [(name, how) for name, family in FAMILIES.items() for how in family.implementations]
-TEXT_CASES = [(name, how) for name in (*CAUSAL_SDPA, *BIDIRECTIONAL) for how in ("sdpa", "eager")]
+TEXT_CASES = [(name, how) for name in (*CAUSAL, *BIDIRECTIONAL) for how in ("sdpa", "eager")]
 
 
-def on(device: str, inputs: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+def few(*names: str) -> list[tuple[str, str]]:
+    """Those of CASES, where one of each kind is enough."""
+    return [case for case in CASES if case[0] in names]
 
 
 def text(device: str, batch: int = 2, length: int = LENGTH, padded: int | None = None) -> dict[str, torch.Tensor]:
@@ -39,27 +39,6 @@ def text(device: str, batch: int = 2, length: int = LENGTH, padded: int | None =
     return on(device, inputs)
 
 
-def outputs(result: Any) -> torch.Tensor:
-    """Logits or hidden states: the first output of every model here."""
-    return result[0]
-
-
-def run(model: Any, *calls: dict[str, Any], dynamic: bool | None = None, format: str = ACCURATE) -> tuple[Report, float]:
-    """Report and largest relative error of the calls, through one model that is rewritten but not compiled."""
-    backend = Rewriter(formats=(format,))
-    rewritten = torch.compile(model, backend=backend, dynamic=dynamic)
-    error = max(relative_error(outputs(rewritten(**call)), outputs(model(**call))) for call in calls)
-    return backend.report, error
-
-
-def assert_sites(report: Report, expected: dict[str, str]) -> None:
-    """Exactly these sites in this order, kept with a reason that starts so, or used where it is ""."""
-    assert [entry.site.name for entry in report.entries] == list(expected)
-    for entry, because in zip(report.entries, expected.values(), strict=True):
-        reason = "" if isinstance(entry.decision, Use) else entry.decision.reason
-        assert reason.startswith(because) and bool(reason) == bool(because), (entry.site.name, reason)
-
-
 def all_sites(name: str, because: str = "") -> dict[str, str]:
     return dict.fromkeys(FAMILIES[name].sites, because)
 
@@ -67,18 +46,20 @@ def all_sites(name: str, because: str = "") -> dict[str, str]:
 # Static shapes, no mask from outside.
 
 
-@pytest.mark.parametrize("format", [ACCURATE, FAST])
-@pytest.mark.parametrize(("name", "implementation"), CASES)
+@pytest.mark.parametrize(
+    ("name", "implementation", "format"),
+    [(*case, ACCURATE) for case in CASES] + [(name, "sdpa", FAST) for name in USED],
+)
 def test_sites_and_output(name, implementation, format, device):
     model, family = zoo.build(name, implementation).to(device), FAMILIES[name]
     report, error = run(model, on(device, family.inputs(2, LENGTH)), dynamic=False, format=format)
     assert_sites(report, family.sites)
     assert report.graphs == 1
-    assert {(entry.decision.format, entry.decision.provider) for entry in report.used} <= {(format, PROVIDER[device])}
+    assert_run_by(report, format, device)
     assert error <= (TOLERANCE[format] if report.used else EXACT[torch.float32])
 
 
-@pytest.mark.parametrize(("name", "implementation"), CASES)
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "mistral", "bert", "vit", "t5"))
 def test_batch_of_one(name, implementation, device):
     model, family = zoo.build(name, implementation).to(device), FAMILIES[name]
     report, error = run(model, on(device, family.inputs(1, LENGTH)), dynamic=False)
@@ -132,19 +113,29 @@ def test_attention_weights_that_are_returned(name, device):
     model = zoo.build(name, "eager").to(device)
     inputs = {**on(device, FAMILIES[name].inputs(2, LENGTH)), "output_attentions": True}
     report, error = run(model, inputs)
-    assert_sites(report, all_sites(name, "attention weights: used elsewhere"))
+    assert [entry.decision.cause for entry in report.kept] == ["attention weights"] * len(FAMILIES[name].sites)
+    # The hooks that collect them may break the graph: then a path starts below the outermost module.
+    assert all(full.endswith(entry.site.name) for full, entry in zip(FAMILIES[name].sites, report.kept, strict=True))
     assert error <= EXACT[torch.float32]
 
 
 # A padding mask is an input: what it hides is not known when the graph is compiled.
 
 
-@pytest.mark.parametrize("padded", [5, 0])
 @pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
-def test_padding_mask_is_kept(name, implementation, padded, device):
+def test_padding_mask_is_kept(name, implementation, device):
     model = zoo.build(name, implementation).to(device)
-    report, error = run(model, text(device, padded=padded), dynamic=False)
+    report, error = run(model, text(device, padded=5), dynamic=False)
     assert_sites(report, all_sites(name, MASK))
+    assert error <= EXACT[torch.float32]
+
+
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "bert"))
+def test_padding_mask_that_hides_nothing_is_kept_too(name, implementation, device):
+    """The same graph serves the next batch, which may be padded: two lengths, the second padded."""
+    model = zoo.build(name, implementation).to(device)
+    report, error = run(model, text(device, padded=0), text(device, padded=5), text(device, length=SHORTER, padded=3))
+    assert {entry.decision.cause.startswith(MASK) for entry in report.entries} == {True}
     assert error <= EXACT[torch.float32]
 
 
@@ -163,8 +154,8 @@ def test_padding_of_the_encoder_leaves_the_decoder(device):
 def dynamic_because(name: str, implementation: str, use_cache: bool) -> str:
     """Why a site of symbolic length is kept, "" if it is used.
 
-    SDPA with is_causal, or without a mask, is used. Eager causal attention adds a mask, and without a cache there is one
-    for packed sequences: with symbolic lengths the graph does not show what they hide.
+    SDPA with is_causal, or without a mask, is used. Eager causal attention adds a mask, and without a cache there is
+    one for packed sequences: with symbolic lengths the graph does not show what they hide.
     """
     if name in BIDIRECTIONAL or (implementation == "sdpa" and use_cache):
         return ""
@@ -182,7 +173,7 @@ def test_marked_dynamic(name, implementation, device):
     assert error <= TOLERANCE[ACCURATE]
 
 
-@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "clip", "bert"))
 def test_second_length_makes_it_dynamic(name, implementation, device):
     model, calls = zoo.build(name, implementation).to(device), [text(device, length=n) for n in (LENGTH, SHORTER, 63)]
     report, error = run(model, *calls)
@@ -193,7 +184,7 @@ def test_second_length_makes_it_dynamic(name, implementation, device):
     assert error <= TOLERANCE[ACCURATE]
 
 
-@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "gpt2", "bert"))
 def test_everything_dynamic(name, implementation, device):
     """`dynamic=True` also makes the module's float attribute `scaling` an input."""
     model, calls = zoo.build(name, implementation).to(device), [text(device), text(device, length=SHORTER)]
@@ -219,7 +210,8 @@ def test_dynamic_batch(name, implementation, device):
         calls.append(on(device, FAMILIES[name].inputs(batch, LENGTH)))
         torch._dynamo.mark_dynamic(next(iter(calls[-1].values())), 0)
     report, error = run(model, *calls)
-    assert_sites(report, all_sites(name))
+    # The causal mask that eager attention adds is expanded to the batch, so its size is not known either.
+    assert_sites(report, all_sites(name, MASK if (name, implementation) == ("llama", "eager") else ""))
     assert report.graphs == 1
     assert error <= TOLERANCE[ACCURATE]
 
@@ -247,18 +239,19 @@ def test_window_reached_by_the_second_length_only(device):
 # Dtypes and gradients.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if case[0] in ("llama", "gpt2", "bert", "vit")])
+@pytest.mark.parametrize(
+    ("name", "implementation", "dtype"),
+    [(*case, torch.bfloat16) for case in few("llama", "gpt2", "bert", "vit")] + [("llama", "sdpa", torch.float16)],
+)
 def test_half_precision_model(name, implementation, dtype, device):
     model = zoo.build(name, implementation).to(device, dtype)
-    cast = tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, FAMILIES[name].inputs(2, LENGTH))
-    report, error = run(model, on(device, cast))
+    report, error = run(model, on(device, FAMILIES[name].inputs(2, LENGTH), dtype))
     assert_sites(report, all_sites(name))
     assert {entry.site.dtype for entry in report.used} == {str(dtype).removeprefix("torch.")}
     assert error <= TOLERANCE[ACCURATE] + EXACT[dtype]
 
 
-@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if case[0] in ("llama", "bert", "vit")])
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "bert", "vit"))
 def test_autocast(name, implementation, device):
     model, inputs = zoo.build(name, implementation).to(device), on(device, FAMILIES[name].inputs(2, LENGTH))
     with torch.autocast(device, torch.bfloat16):
@@ -303,7 +296,13 @@ def test_dropout_is_kept(implementation, device):
 
 def generate(model: Any, inputs: dict[str, Any], cache: str) -> Any:
     """Eight greedy tokens, with their logits and the cache."""
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": True}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "disable_compile": True,
+    }
     return model.generate(
         **inputs, **options, cache_implementation=cache, return_dict_in_generate=True, output_logits=True
     )
@@ -341,22 +340,20 @@ def test_kv_cache_reads_as_after_eager(cache, device):
 # Through Inductor.
 
 
-@pytest.mark.parametrize("format", [ACCURATE, FAST])
-@pytest.mark.parametrize(("name", "implementation"), [("llama", "sdpa"), ("gpt2", "eager"), ("whisper", "eager")])
+@pytest.mark.parametrize(("name", "implementation", "format"), [("llama", "sdpa", ACCURATE), ("bert", "eager", FAST)])
 def test_compiled(name, implementation, format, device):
-    model, inputs = zoo.build(name, implementation).to(device), on(device, FAMILIES[name].inputs(2, LENGTH))
+    model, inputs = zoo.build(name, implementation).to(device), text(device)
     out, report = compiled(model, call_kwargs=inputs, formats=(format,), fullgraph=True)
     assert_sites(report, FAMILIES[name].sites)
-    assert relative_error(outputs(out), outputs(model(**inputs))) <= TOLERANCE[format]
+    assert relative_error(out[0], model(**inputs)[0]) <= TOLERANCE[format]
 
 
 def test_compiled_for_any_length(device):
-    model, calls = zoo.build("llama", "sdpa").to(device), [text(device), text(device, length=SHORTER)]
+    model, calls = zoo.build("gpt2", "sdpa").to(device), [text(device), text(device, length=SHORTER)]
     for call in calls:
         torch._dynamo.mark_dynamic(call["input_ids"], 1)
-    with torch.compiler.set_stance("default"):
-        fast = torch.compile(model, backend="sage_inductor", options={"sage.policy": "always"}, fullgraph=True)
-        errors = [relative_error(outputs(fast(**call)), outputs(model(**call))) for call in calls]
+    fast = torch.compile(model, backend="sage_inductor", options={"sage.policy": "always"}, fullgraph=True)
+    errors = [relative_error(fast(**call)[0], model(**call)[0]) for call in calls]
     assert max(errors) <= TOLERANCE[ACCURATE]
 
 
@@ -365,7 +362,7 @@ def test_compiled_and_kept_is_what_inductor_gives(device):
     inputs, results = text(device), []
     for how in ({"backend": "inductor"}, {"backend": "sage_inductor", "options": {"sage.policy": "never"}}):
         torch._dynamo.reset()
-        model = zoo.build("llama", "sdpa").to(device)
+        model = zoo.build("llama", "sdpa", num_hidden_layers=1).to(device)
         model.forward = torch.compile(model.forward, **how)
         results.append(generate(model, inputs, "static"))
     assert torch.equal(results[0].sequences, results[1].sequences)

@@ -197,16 +197,17 @@ class Diffusion:
     """One architecture of diffusers, with the attention processor it comes with."""
 
     model: Callable[[], nn.Module]
-    inputs: Callable[[int], dict[str, Any]]
+    inputs: Callable[[int, int], Inputs]
+    """(batch, side of the image in patches) to keyword arguments."""
     sites: dict[str, str]
 
 
-def _latents(batch: int) -> dict[str, Any]:
-    """12 x 12 latents: 6 x 6 patches."""
-    return {"hidden_states": _normal(batch, 4, 12, 12), "timestep": torch.full((batch,), 7)}
+def _latents(batch: int, side: int) -> Inputs:
+    """Patches of 2 x 2."""
+    return {"hidden_states": _normal(batch, 4, 2 * side, 2 * side), "timestep": torch.full((batch,), 7)}
 
 
-def _prompt(batch: int) -> dict[str, Any]:
+def _prompt(batch: int) -> Inputs:
     """11 text tokens."""
     return {"encoder_hidden_states": _normal(batch, 11, 48), "pooled_projections": _normal(batch, 24)}
 
@@ -223,7 +224,7 @@ DIFFUSION = {
             num_embeds_ada_norm=10,
             norm_num_groups=4,
         ),
-        lambda batch: {**_latents(batch), "class_labels": torch.arange(batch)},
+        lambda batch, side: {**_latents(batch, side), "class_labels": torch.arange(batch)},
         _each_layer({"transformer_blocks.{}.attn1": ""}),
     ),
     "sd3": Diffusion(  # joint attention over image and text, norms on q and k
@@ -240,7 +241,7 @@ DIFFUSION = {
             pooled_projection_dim=24,
             qk_norm="rms_norm",
         ),
-        lambda batch: {**_latents(batch), **_prompt(batch)},
+        lambda batch, side: {**_latents(batch, side), **_prompt(batch)},
         _each_layer({"transformer_blocks.{}.attn": ""}),
     ),
     "flux": Diffusion(  # RoPE over two axes, double and single blocks
@@ -255,11 +256,11 @@ DIFFUSION = {
             pooled_projection_dim=24,
             axes_dims_rope=(8, 12, 12),
         ),
-        lambda batch: {
+        lambda batch, side: {
             **_prompt(batch),
-            "hidden_states": _normal(batch, 36, 16),
+            "hidden_states": _normal(batch, side * side, 16),
             "timestep": torch.full((batch,), 0.5),
-            "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(6.0), torch.arange(6.0)),
+            "img_ids": torch.cartesian_prod(torch.zeros(1), *[torch.arange(float(side))] * 2),
             "txt_ids": torch.zeros(11, 3),
         },
         {"transformer_blocks.0.attn": "", "single_transformer_blocks.0.attn": ""},
@@ -277,8 +278,8 @@ DIFFUSION = {
             use_additional_conditions=False,
             norm_num_groups=4,
         ),
-        lambda batch: {
-            **_latents(batch),
+        lambda batch, side: {
+            **_latents(batch, side),
             "encoder_hidden_states": _normal(batch, 11, 48),
             "encoder_attention_mask": (torch.arange(11) < 8).expand(batch, 11),
         },

@@ -1,4 +1,4 @@
-"""Where a rewrite would be wrong or crash in a way of its own: transforms, subclasses, subgraphs, functions with our names."""
+"""Where a rewrite could be wrong or crash: transforms, subclasses, subgraphs, functions that have torch's names."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ class Named(torch.Tensor):
 
 
 def test_a_plain_subclass(x: Tensor) -> None:
-    out, backend = rewritten(attend, x.as_subclass(Named))
+    out, _ = rewritten(attend, x.as_subclass(Named))
     assert relative_error(out, attend(x)) < 0.02
 
 

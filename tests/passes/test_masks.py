@@ -36,8 +36,9 @@ CAUSAL = {
     "where": lambda m, n: torch.where(torch.arange(m)[:, None] < torch.arange(n), INF, 0.0),
     "masked_fill": lambda m, n: torch.zeros(m, n).masked_fill(torch.ones(m, n, dtype=torch.bool).triu(1), LOWEST),
     "1 - tril, scaled": lambda m, n: (1.0 - torch.ones(m, n).tril()) * LOWEST,
-    "a window wider than the sequence": lambda m, n: (torch.arange(m)[:, None] >= torch.arange(n))
-    & (torch.arange(m)[:, None] - torch.arange(n) < 1000),
+    "a window wider than the sequence": lambda m, n: (
+        (torch.arange(m)[:, None] >= torch.arange(n)) & (torch.arange(m)[:, None] - torch.arange(n) < 1000)
+    ),
     "masked_fill in place": fill_in_place,
     "PyTorch's own": lambda m, n: torch.nn.Transformer.generate_square_subsequent_mask(n),
 }
@@ -82,8 +83,9 @@ def changed_afterwards(m: int, n: int) -> Tensor:
 
 
 LOOKALIKES = {
-    "sliding window": lambda m, n: (torch.arange(m)[:, None] >= torch.arange(n))
-    & (torch.arange(m)[:, None] - torch.arange(n) < 4),
+    "sliding window": lambda m, n: (
+        (torch.arange(m)[:, None] >= torch.arange(n)) & (torch.arange(m)[:, None] - torch.arange(n) < 4)
+    ),
     "diagonal hidden too": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(-1) | torch.eye(m, n).bool(),
     "one diagonal more": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(1),
     "one diagonal less": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(-1),
@@ -114,7 +116,9 @@ def test_a_mask_that_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPat
 
 def test_bottom_right_alignment_is_not_top_left() -> None:
     bottom_right = attend(lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(n - m))
-    assert_kept(bottom_right, *qkv(8, 24), because="mask bool (8, 24): needs none, or one that the graph shows to be causal")
+    assert_kept(
+        bottom_right, *qkv(8, 24), because="mask bool (8, 24): needs none, or one that the graph shows to be causal"
+    )
 
 
 def test_causal_for_part_of_the_batch_only() -> None:

@@ -79,6 +79,23 @@ def test_a_function_around_a_module() -> None:
     assert [name.rpartition("model.")[2] for name in names(lambda x: model(x) * 2)] == INSIDE
 
 
+MODEL = Model()
+
+
+def test_a_function_around_a_global_module() -> None:
+    assert names(lambda x: MODEL(x)) == [f"MODEL.{name}" for name in INSIDE]
+
+
+def test_a_module_with_its_own_getattr() -> None:
+    """As the models of diffusers have."""
+
+    class Own(Model):
+        def __getattr__(self, name: str) -> object:
+            return super().__getattr__(name)
+
+    assert names(Wrapped(Own())) == [f"model.{name}" for name in INSIDE]
+
+
 def test_a_plain_function() -> None:
     assert names(lambda x: F.scaled_dot_product_attention(x, x, x)) == ["(top level)"]
 

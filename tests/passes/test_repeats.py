@@ -1,4 +1,4 @@
-"""A repeat of the KV heads in front of K and V is undone, so that each head is quantized once; other repeats are not."""
+"""A repeat of the KV heads in front of K and V is undone, so that each is quantized once; other repeats are not."""
 
 from collections.abc import Callable
 

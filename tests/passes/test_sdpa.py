@@ -29,7 +29,9 @@ CALLS = {
     "through aten": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v),
     "the same tensor three times": lambda q, k, v: sdpa(q, q, q, is_causal=True),
     "keywords of the transposes": lambda q, k, v: sdpa(
-        torch.transpose(input=torch.permute(input=q, dims=(0, 2, 1, 3)), dim0=1, dim1=2), k.mT.mT, v.swapdims(dim0=1, dim1=1)
+        torch.transpose(input=torch.permute(input=q, dims=(0, 2, 1, 3)), dim0=1, dim1=2),
+        k.mT.mT,
+        v.swapdims(dim0=1, dim1=1),
     ),
 }
 
@@ -161,13 +163,21 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_expanded_keys_and_values() -> None:
-    q, k, v = torch.randn(2, 4, 40, 64), torch.randn(1, 4, 40, 64).expand(2, -1, -1, -1), torch.randn(64).expand(2, 4, 40, 64)
+    q, k, v = (
+        torch.randn(2, 4, 40, 64),
+        torch.randn(1, 4, 40, 64).expand(2, -1, -1, -1),
+        torch.randn(64).expand(2, 4, 40, 64),
+    )
     assert_used(sdpa, q, k, v)
 
 
 def test_transposed_storage_is_read_through_the_transposes() -> None:
     def heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sdpa(q.transpose(1, 2), k.permute(0, 2, 1, 3), torch.swapaxes(v, -3, -2)).transpose(1, 2).reshape(2, 40, 256)
+        return (
+            sdpa(q.transpose(1, 2), k.permute(0, 2, 1, 3), torch.swapaxes(v, -3, -2))
+            .transpose(1, 2)
+            .reshape(2, 40, 256)
+        )
 
     backend = assert_used(heads_last, *qkv(2, 40, 4, 64))
     assert backend.targets[:4] == ["permute", "permute", "permute", "attention.default"]

@@ -71,9 +71,7 @@ USED: dict[str, Function] = {
     "dropout off": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5, training=False) @ v,
     "torch.dropout off": lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.5, train=False) @ v,
     "dropout 0": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.0, training=True) @ v,
-    "einsum": lambda q, k, v: torch.einsum(
-        "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v
-    ),
+    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v),
     "einsum, other letters": lambda q, k, v: torch.einsum(
         "x y q k, x y k e -> x y q e", torch.einsum("zaic,zajc->zaij", q, k).softmax(-1), v
     ),

@@ -1,0 +1,80 @@
+"""Quantized attention on x86 CPUs with AVX-512 VNNI: INT8 QK^T, PV in bfloat16 (float32 where the CPU has none).
+
+In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written. The kernel, its layouts and its
+arithmetic are explained at the top of attention.cpp; it is built on first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+
+from .build import function, why_not
+
+__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
+
+FORMATS = ("qk_int8_pv_fp16",)
+MAX_HEAD_DIM = 256
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool, format: str
+) -> None:
+    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
+
+    q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 256; one dtype; any strides.
+    """
+    _check(q, k, v, out, format)
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    sizes = (
+        *(batch, q_heads, kv_heads, q_len, kv_len, head_dim, is_causal, _DTYPES[q.dtype], torch.get_num_threads()),
+        *(*q.stride(), *k.stride(), *v.stride(), *out.stride()),
+    )
+    flags = (ctypes.c_uint8 * (batch * q_heads))()
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    if function()(*pointers, (ctypes.c_int64 * len(sizes))(*sizes), scale, flags) != 0:
+        raise MemoryError(f"no memory for K {tuple(k.shape)} and V in 8 and 16 bits")
+    if any(flags):
+        _recompute_flagged(q, k, v, out, bytes(flags), scale, is_causal)
+
+
+def _recompute_flagged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    flags: bytes,
+    scale: float,
+    is_causal: bool,
+) -> None:
+    """SDPA's own result for the heads that INT8 cannot hold: too steep, or with a NaN or Inf."""
+    heads = torch.tensor(list(flags)).view(out.shape[:2])
+    b, h = heads.nonzero(as_tuple=True)
+    kv_h = h // (q.shape[1] // k.shape[1])
+    exact = F.scaled_dot_product_attention(
+        q[b, h][None], k[b, kv_h][None], v[b, kv_h][None], is_causal=is_causal, scale=scale
+    )
+    out[b, h] = exact[0]
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or out.shape != q.shape:
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape)}" for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)
+        )
+        raise ValueError(f"{shapes}: q and out must be (B, Hq, Nq, D), k and v (B, Hkv, Nk, D)")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: B and D must be equal and Hq a multiple of Hkv")
+    if min(q.shape) < 1 or k.shape[2] < 1 or q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: every size must be at least 1, and D at most 256")
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {tuple(_DTYPES)}")
+    if any(x.device.type != "cpu" for x in (q, k, v, out)):
+        raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need the CPU")

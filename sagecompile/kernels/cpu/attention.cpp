@@ -1,0 +1,539 @@
+// Attention on quantized Q and K for x86 CPUs with AVX-512 VNNI: INT8 QK^T, softmax in float32, PV in bfloat16.
+//
+// In: q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D) of float32, bfloat16 or float16 with any strides; D is at most 256.
+// Out: out = softmax(scale * q k^T) v, wholly written but for the heads that INT8 cannot hold, which are flagged.
+//
+// The loops, and what they cost on a Zen 4 core (one 512-bit multiply instruction a cycle, whether INT8, bf16 or float):
+//
+//   pack (once for each KV head, shared by all its query heads)
+//     k -> INT8, less its mean, one scale for 64 tokens; panels of 32 tokens x D: word w of a panel holds dimensions
+//          4w..4w+3 of each of the 32 tokens, which is what vpdpbusd multiplies in its 2 x 16 lanes
+//     v -> bfloat16; panels of 32 dimensions x 256 tokens: word w holds tokens 2w and 2w+1 of each dimension (vdpbf16ps)
+//   attend (each block of up to 96 queries of a head)
+//     q -> INT8, one scale for each token, stored as bytes q + 128 because vpdpbusd multiplies unsigned by signed; the
+//          128 * sum(k) that this adds to a score is taken away where the sum starts
+//     for each tile of 256 keys            96 KiB of K and V at D = 128: they stay in L2 for all queries of the block
+//       for each 12 queries                12 KiB of scores and 6 KiB of weights: they stay in L1
+//         scores  12 x 256 x D INT8        D / 4 instructions for 16 scores
+//         softmax 12 x 256                 about 7 cycles for 16 scores
+//         output  12 x D x 256 bf16        D / 2 instructions for 16 scores
+//
+// So 16 scores cost 16 + 7 + 32 cycles at D = 64 and 32 + 7 + 64 at D = 128, that is 74 and 80 operations a cycle, where
+// float32 has 32. Both products run in one micro-kernel, `multiply`: 12 rows x 2 vectors of sums stay in registers, and
+// a step loads 2 vectors and 12 broadcast words (of 4 INT8, 2 bf16 or 1 float) for 24 multiplications.
+//
+// The scheme is SageAttention's (arXiv:2410.02367) in FlashAttention's loop (arXiv:2307.08691).
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int ROWS = 12;        // queries, and
+constexpr int LANES = 32;       // keys or dimensions, of one call of the micro-kernel
+constexpr int KEYS = 256;       // of a tile
+constexpr int K_BLOCK = 64;     // tokens of K that share a scale, and are packed at a time
+constexpr int BLOCKS = KEYS / K_BLOCK;
+constexpr int MAX_QUERIES = 96; // of a block
+constexpr int MAX_DIM = 256;    // |score| <= 127 * 127 * 256 < 2^22, see MAGIC
+constexpr int Q_WORDS = MAX_DIM / 4;
+
+// 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum. Sums of integers that
+// start here can be read as floats without a conversion, and the multiply-add that scales a score takes MAGIC away.
+constexpr float MAGIC = 12582912.0f;
+constexpr int32_t MAGIC_BITS = 0x4B400000;
+
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float SMALLEST_AMAX = 0x1p-119f; // amax / 127 is then a normal number, and 127 / amax a finite one
+constexpr float LARGEST_V = 0x1p96f;       // so that no sum of weighted values overflows before it is divided
+constexpr float STEEPEST = 0x1p-6f;        // the same bound as in sagecompile.ops.quantize, and explained there
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// ---- The micro-kernel -----------------------------------------------------------------------------------------------
+
+struct Int8 { // a word: 4 unsigned (rows) or signed (lanes) bytes
+    static INLINE __m512i add(__m512i sum, __m512i row, __m512i lanes) { return _mm512_dpbusd_epi32(sum, row, lanes); }
+};
+
+// The weights and values: a word is 2 bfloat16 of consecutive keys where the CPU multiplies those, else 1 float.
+#ifdef __AVX512BF16__
+struct Values {
+    static constexpr int KEYS_A_WORD = 2;
+
+    static INLINE __m512 add(__m512 sum, __m512i row, __m512i lanes) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)lanes);
+    }
+    static INLINE __m512i ones() { return _mm512_set1_epi32(0x3F803F80); }
+    // 16 words of two keys that lie `stride` floats apart.
+    static INLINE __m512i pack(const float* key, int stride) {
+        const auto half = [](const float* x) {
+            return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+        };
+        return _mm512_or_si512(half(key), _mm512_slli_epi32(half(key + stride), 16));
+    }
+    // 32 consecutive weights of a row; returns the sum's new value.
+    static INLINE __m512 store(uint32_t* words, __m512 low, __m512 high, __m512 sum) {
+        const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(words, packed);
+        return add(sum, packed, ones());
+    }
+};
+#else
+struct Values {
+    static constexpr int KEYS_A_WORD = 1;
+
+    static INLINE __m512 add(__m512 sum, __m512i row, __m512i lanes) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(lanes), sum);
+    }
+    static INLINE __m512i pack(const float* key, int) { return _mm512_loadu_si512(key); }
+    static INLINE __m512 store(uint32_t* words, __m512 low, __m512 high, __m512 sum) {
+        _mm512_storeu_ps(words, low);
+        _mm512_storeu_ps(words + 16, high);
+        return _mm512_add_ps(sum, _mm512_add_ps(low, high));
+    }
+};
+#endif
+
+constexpr int TILE_WORDS = KEYS / Values::KEYS_A_WORD;
+
+// sums (ROWS x LANES) += rows (ROWS x words, STRIDE words apart) * panel (words x LANES).
+template <class Word, int STRIDE, class Vector>
+INLINE void multiply(const uint32_t* rows, const uint32_t* panel, int64_t words, Vector (&sums)[ROWS][2]) {
+    for (int64_t w = 0; w < words; ++w, ++rows, panel += LANES) {
+        const __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 16);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512i word = _mm512_set1_epi32(rows[r * STRIDE]);
+            sums[r][0] = Word::add(sums[r][0], word, left);
+            sums[r][1] = Word::add(sums[r][1], word, right);
+        }
+    }
+}
+
+// ---- Reading and writing the caller's tensors -----------------------------------------------------------------------
+
+struct Float16 { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+INLINE __m512 load(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+INLINE __m512 load(const Float16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
+INLINE __m512 load(const BFloat16* x, __mmask16 mask) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+INLINE void store(float* x, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(x, mask, value); }
+INLINE void store(Float16* x, __mmask16 mask, __m512 value) { // bfloat16 rounds V's largest value to Inf's place
+    const __m512 most = _mm512_set1_ps(65504.0f), least = _mm512_set1_ps(-65504.0f);
+    const __m512 clamped = _mm512_max_ps(_mm512_min_ps(value, most), least);
+    _mm256_mask_storeu_epi16(x, mask, _mm512_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE void store(BFloat16* x, __mmask16 mask, __m512 value) { // to the nearest even; the value is finite
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    _mm256_mask_storeu_epi16(x, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+INLINE __mmask16 first(int count) { return count >= 16 ? 0xFFFF : (1u << count) - 1; }
+
+// A (batch, heads, tokens, dim) tensor; strides in elements.
+template <class T> struct Tensor {
+    T* data;
+    const int64_t* strides;
+
+    T* token(int64_t batch, int64_t head, int64_t token) const {
+        return data + batch * strides[0] + head * strides[1] + token * strides[2];
+    }
+    // `dim` elements to float32, followed by zeros up to a whole vector.
+    INLINE void read(const T* from, int dim, float* to) const {
+        T apart[MAX_DIM];
+        if (strides[3] != 1) {
+            for (int d = 0; d < dim; ++d) apart[d] = from[d * strides[3]];
+            from = apart;
+        }
+        for (int d = 0; d < dim; d += 16) _mm512_storeu_ps(to + d, load(from + d, first(dim - d)));
+    }
+    INLINE void write(T* to, int dim, const float* from, float factor) const {
+        T apart[MAX_DIM];
+        T* const near = strides[3] == 1 ? to : apart;
+        for (int d = 0; d < dim; d += 16) {
+            store(near + d, first(dim - d), _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(factor)));
+        }
+        if (near == apart) {
+            for (int d = 0; d < dim; ++d) to[d * strides[3]] = apart[d];
+        }
+    }
+};
+
+// ---- Quantization ---------------------------------------------------------------------------------------------------
+
+// The larger of `most` and every |x|, compared as integers: they are ordered alike, and NaN and Inf are the largest.
+INLINE __m512i largest(const float* x, int width, __m512i most) {
+    for (int d = 0; d < width; d += 16) {
+        const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(x + d), _mm512_set1_epi32(0x7FFFFFFF));
+        most = _mm512_max_epi32(most, bits);
+    }
+    return most;
+}
+
+INLINE float largest_of(__m512i most) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)))); }
+
+// `width` floats (a multiple of 16) to INT8, each byte then XORed with `flip`; returns the sum of the integers.
+INLINE int32_t quantize(const float* x, int width, float inverse, int8_t flip, int8_t* to) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int d = 0; d < width; d += 16) {
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), _mm512_set1_ps(inverse)));
+        sum = _mm512_add_epi32(sum, rounded);
+        const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(rounded), _mm_set1_epi8(flip));
+        _mm_storeu_si128((__m128i*)(to + d), bytes);
+    }
+    return _mm512_reduce_add_epi32(sum);
+}
+
+// ---- The packed K and V ---------------------------------------------------------------------------------------------
+
+struct Shape {
+    int64_t batch, q_heads, kv_heads, q_len, kv_len;
+    int dim, causal;
+    float scale;
+
+    int64_t group() const { return q_heads / kv_heads; }
+    int width() const { return round_up(dim, LANES); } // of V and the output
+    int k_words() const { return ceil_div(dim, 4); }
+    int64_t k_blocks() const { return ceil_div(kv_len, K_BLOCK); }
+    int64_t tiles() const { return ceil_div(kv_len, KEYS); }
+};
+
+// What `pack` writes and `attend` reads, in one allocation.
+struct Packed {
+    explicit Packed(const Shape& s)
+        : shape(s), k_size(s.k_blocks() * K_BLOCK * s.k_words()), v_size(s.tiles() * TILE_WORDS * s.width()) {
+        const int64_t heads = s.batch * s.kv_heads, keys = s.k_blocks() * K_BLOCK;
+        const int64_t sizes[] = {k_size, v_size, keys, s.tiles() * BLOCKS, s.width()};
+        int64_t total = 0;
+        for (int64_t size : sizes) total += round_up(heads * size, 16);
+        memory.reset(static_cast<uint32_t*>(std::aligned_alloc(64, total * 4)));
+        k = memory.get();
+        v = k + round_up(heads * k_size, 16);
+        start = (int32_t*)(v + round_up(heads * v_size, 16));
+        k_scale = (float*)(start + round_up(heads * keys, 16));
+        mean = k_scale + round_up(heads * s.tiles() * BLOCKS, 16);
+    }
+    uint32_t* k_panel(int64_t head, int64_t key) const { return k + head * k_size + key * shape.k_words(); }
+    int32_t* starts(int64_t head, int64_t key) const { return start + head * shape.k_blocks() * K_BLOCK + key; }
+    float* k_scales(int64_t head, int64_t key) const { return k_scale + head * shape.tiles() * BLOCKS + key / K_BLOCK; }
+    float* k_mean(int64_t head) const { return mean + head * shape.width(); }
+    // The words of `key` in the panel that starts at dimension `dim`.
+    uint32_t* v_panel(int64_t head, int64_t key, int dim) const {
+        const int64_t tile = key / KEYS * TILE_WORDS * shape.width() + dim * TILE_WORDS;
+        return v + head * v_size + tile + key % KEYS / Values::KEYS_A_WORD * LANES;
+    }
+
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    const Shape& shape;
+    int64_t k_size, v_size; // words a KV head
+    std::unique_ptr<uint32_t, Free> memory;
+    uint32_t *k, *v;
+    int32_t* start; // where the sum of products with that key starts: MAGIC_BITS, less what q + 128 adds
+    float* k_scale; // of each K_BLOCK keys; infinite where K or V cannot be quantized
+    float* mean;
+};
+
+// The mean of up to about 1024 tokens of K, evenly spread: any vector does, softmax does not see it.
+template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t head) {
+    const Shape& shape = to.shape;
+    const int64_t step = 1 + (shape.kv_len - 1) / 1024;
+    float row[MAX_DIM], sum[MAX_DIM] = {};
+    for (int64_t n = 0; n < shape.kv_len; n += step) {
+        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, n), shape.dim, row);
+        for (int d = 0; d < shape.dim; ++d) sum[d] += row[d];
+    }
+    for (int d = 0; d < shape.dim; ++d) to.k_mean(head)[d] = sum[d] / ceil_div(shape.kv_len, step);
+}
+
+// Quantize and pack tokens [from, from + K_BLOCK) of K; those past the end become zeros.
+template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t head, int64_t from) {
+    const Shape& shape = to.shape;
+    const int count = std::min<int64_t>(K_BLOCK, shape.kv_len - from), width = round_up(shape.dim, 16);
+    alignas(64) float rows[K_BLOCK][MAX_DIM];
+    const float* mean = to.k_mean(head);
+    __m512i most = _mm512_setzero_si512();
+    for (int n = 0; n < K_BLOCK; ++n) {
+        if (n >= count) {
+            std::fill_n(rows[n], width, 0.0f);
+            continue;
+        }
+        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, from + n), shape.dim, rows[n]);
+        for (int d = 0; d < shape.dim; ++d) rows[n][d] -= mean[d];
+        most = largest(rows[n], width, most);
+    }
+    const float amax = std::max(largest_of(most), SMALLEST_AMAX);
+    for (int n = 0; n < K_BLOCK; ++n) {
+        uint32_t words[Q_WORDS];
+        *to.starts(head, from + n) = MAGIC_BITS - 128 * quantize(rows[n], width, 127.0f / amax, 0, (int8_t*)words);
+        uint32_t* panel = to.k_panel(head, from + n / LANES * LANES) + n % LANES;
+        for (int w = 0; w < shape.k_words(); ++w) panel[w * LANES] = words[w];
+    }
+    return amax;
+}
+
+// Pack tokens [from, from + K_BLOCK) of V; those past the end become zeros.
+template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t head, int64_t from) {
+    const Shape& shape = to.shape;
+    alignas(64) float rows[Values::KEYS_A_WORD][MAX_DIM] = {};
+    __m512i most = _mm512_setzero_si512();
+    for (int n = 0; n < K_BLOCK; n += Values::KEYS_A_WORD) {
+        for (int i = 0; i < Values::KEYS_A_WORD; ++i) {
+            if (from + n + i < shape.kv_len) {
+                v.read(v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i), shape.dim, rows[i]);
+            } else {
+                std::fill_n(rows[i], shape.dim, 0.0f);
+            }
+            most = largest(rows[i], shape.width(), most);
+        }
+        for (int d = 0; d < shape.width(); d += 16) {
+            uint32_t* words = to.v_panel(head, from + n, d / LANES * LANES) + d % LANES;
+            _mm512_store_si512(words, Values::pack(rows[0] + d, MAX_DIM));
+        }
+    }
+    return largest_of(most);
+}
+
+template <class T> void pack(const Packed& to, const Tensor<T>& k, const Tensor<T>& v, int64_t head, int64_t from) {
+    const float k_amax = pack_k(to, k, head, from), v_amax = pack_v(to, v, head, from);
+    const bool fits = k_amax <= FLT_MAX && v_amax <= LARGEST_V; // false for a NaN too
+    *to.k_scales(head, from) = fits ? k_amax / 127.0f : INFINITY;
+}
+
+// ---- Attention of one block of queries ------------------------------------------------------------------------------
+
+// 2^x for x <= 0 (and the little above that rounding leaves), -inf gives 0. Relative error 7e-5, below bfloat16's 2e-3:
+// a polynomial of degree 3 on the fraction, fitted to the least relative error, and the whole part added to the exponent.
+INLINE __m512 exp2(__m512 x) {
+    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 power = _mm512_set1_ps(0.0780245f);
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.2260672f));
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.6958335f));
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.9999252f));
+    return _mm512_scalef_ps(power, x);
+}
+
+// The state of up to MAX_QUERIES queries.
+struct Block {
+    alignas(64) uint32_t q[MAX_QUERIES][Q_WORDS]; // bytes q + 128
+    alignas(64) float factor[MAX_QUERIES];        // of an integer score, but for K's scale: a power of two follows
+    alignas(64) float top[MAX_QUERIES + 16];      // the largest score yet, as that power of two
+    alignas(64) __m512 sum[MAX_QUERIES];          // of the weights, in 16 parts
+    alignas(64) float out[MAX_QUERIES * MAX_DIM]; // (queries, width), not yet divided by the sum
+};
+
+// The weights of ROWS queries for one tile of keys.
+struct Tile {
+    alignas(64) float scores[ROWS][KEYS];         // integers, MAGIC above their value
+    alignas(64) uint32_t weights[ROWS][TILE_WORDS];
+    alignas(64) float units[ROWS][BLOCKS];        // a score's size as a power of two. Not 0: a hidden -inf would be NaN
+    alignas(64) float shrink[16];                 // what each query's earlier weights are now to be multiplied with
+};
+
+// Read, quantize and reset; returns the largest factor, infinite where Q cannot be quantized. Missing queries are zero.
+template <class T>
+float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T* token, int count) {
+    float steepest = 0.0f, row[MAX_DIM];
+    const int width = round_up(shape.dim, 16);
+    const float sign = shape.scale < 0 ? -1.0f : 1.0f;
+    for (int n = 0; n < round_up(count, ROWS); ++n, token += q.strides[2]) {
+        if (n < count) q.read(token, shape.dim, row);
+        else std::fill_n(row, width, 0.0f);
+        const float amax = std::max(largest_of(largest(row, width, _mm512_setzero_si512())), SMALLEST_AMAX);
+        if (!(amax <= FLT_MAX)) return INFINITY;
+        quantize(row, width, sign * 127.0f / amax, int8_t(0x80), (int8_t*)block.q[n]);
+        block.factor[n] = amax / 127.0f * std::fabs(shape.scale) * LOG2_E;
+        steepest = std::max(steepest, block.factor[n]);
+        block.top[n] = -INFINITY;
+        block.sum[n] = _mm512_setzero_ps();
+    }
+    std::fill_n(block.out, round_up(count, ROWS) * shape.width(), 0.0f);
+    return steepest;
+}
+
+// scores (ROWS, keys) of the tile, `keys` a multiple of LANES.
+INLINE void find_scores(Tile& tile, const uint32_t* q, const uint32_t* k, const int32_t* start, int keys, int words) {
+    for (int key = 0; key < keys; key += LANES, k += words * LANES) {
+        __m512i sums[ROWS][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+            sums[r][0] = _mm512_load_si512(start + key);
+            sums[r][1] = _mm512_load_si512(start + key + 16);
+        }
+        multiply<Int8, Q_WORDS>(q, k, words, sums);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+            _mm512_store_si512(tile.scores[r] + key, sums[r][0]);
+            _mm512_store_si512(tile.scores[r] + key + 16, sums[r][1]);
+        }
+    }
+}
+
+// The largest of a row's scores, as a power of two.
+INLINE float highest(const float* scores, const float* units, int keys) {
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    for (int begin = 0; begin < keys; begin += K_BLOCK) {
+        __m512 most = _mm512_set1_ps(-INFINITY);
+        for (int key = begin; key < begin + K_BLOCK; key += 16) {
+            most = _mm512_max_ps(most, _mm512_load_ps(scores + key));
+        }
+        const __m512 unit = _mm512_set1_ps(units[begin / K_BLOCK]);
+        top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_sub_ps(most, _mm512_set1_ps(MAGIC)), unit));
+    }
+    return _mm512_reduce_max_ps(top);
+}
+
+// The weights of a row, 2^(score - top); returns their sum, added to `sum`.
+INLINE __m512 weigh(const float* scores, const float* units, float top, int keys, __m512 sum, uint32_t* weights) {
+    for (int begin = 0; begin < keys; begin += K_BLOCK) {
+        const __m512 unit = _mm512_set1_ps(units[begin / K_BLOCK]);
+        const __m512 offset = _mm512_fmadd_ps(unit, _mm512_set1_ps(MAGIC), _mm512_set1_ps(top));
+        for (int key = begin; key < begin + K_BLOCK; key += 32) {
+            const __m512 low = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + key), unit, offset));
+            const __m512 high = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + key + 16), unit, offset));
+            sum = Values::store(weights + key / Values::KEYS_A_WORD, low, high, sum);
+        }
+    }
+    return sum;
+}
+
+// One step of the online softmax: the tile's scores become weights, and the queries' tops and sums are brought up to date.
+INLINE void soften(Tile& tile, Block& block, int row, const float* k_scales, int keys) {
+    const __m512 before = _mm512_loadu_ps(block.top + row);
+    for (int r = 0; r < ROWS; ++r) {
+        for (int b = 0; b < BLOCKS; ++b) tile.units[r][b] = std::max(block.factor[row + r] * k_scales[b], FLT_MIN);
+        float& top = block.top[row + r];
+        top = std::max(top, highest(tile.scores[r], tile.units[r], keys));
+    }
+    _mm512_store_ps(tile.shrink, exp2(_mm512_sub_ps(before, _mm512_loadu_ps(block.top + row))));
+    for (int r = 0; r < ROWS; ++r) {
+        __m512& sum = block.sum[row + r];
+        sum = weigh(tile.scores[r], tile.units[r], block.top[row + r], keys,
+                    _mm512_mul_ps(sum, _mm512_set1_ps(tile.shrink[r])), tile.weights[r]);
+    }
+}
+
+// out (ROWS, LANES) = out * shrink + weights * v, for one panel of V.
+INLINE void add_values(float* out, int width, const Tile& tile, const uint32_t* v, int keys) {
+    __m512 sums[ROWS][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+        const __m512 shrink = _mm512_set1_ps(tile.shrink[r]);
+        sums[r][0] = _mm512_mul_ps(_mm512_load_ps(out + r * width), shrink);
+        sums[r][1] = _mm512_mul_ps(_mm512_load_ps(out + r * width + 16), shrink);
+    }
+    multiply<Values, TILE_WORDS>(tile.weights[0], v, keys / Values::KEYS_A_WORD, sums);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+        _mm512_store_ps(out + r * width, sums[r][0]);
+        _mm512_store_ps(out + r * width + 16, sums[r][1]);
+    }
+}
+
+// ROWS queries, of which the first is number `position`, meet the tile of keys that starts at `from`.
+void meet(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from) {
+    const Shape& shape = kv.shape;
+    const auto visible = [&](int r) { // keys of the tile that query r sees
+        const int64_t end = shape.causal ? std::min(shape.kv_len, position + r + 1) : shape.kv_len;
+        return int(std::clamp<int64_t>(end - from, 0, KEYS));
+    };
+    const int keys = round_up(visible(ROWS - 1), LANES), whole = round_up(keys, K_BLOCK);
+    if (keys == 0) return;
+    find_scores(tile, block.q[row], kv.k_panel(head, from), kv.starts(head, from), keys, shape.k_words());
+    for (int r = 0; r < ROWS; ++r) std::fill(tile.scores[r] + visible(r), tile.scores[r] + whole, -INFINITY);
+    soften(tile, block, row, kv.k_scales(head, from), whole);
+    for (int d = 0; d < shape.width(); d += LANES) {
+        add_values(block.out + row * shape.width() + d, shape.width(), tile, kv.v_panel(head, from, d), keys);
+    }
+}
+
+// Queries [first, first + count) of a head. False, and nothing written, if INT8 cannot hold them or the keys they meet.
+template <class T>
+bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& out, int64_t head, int64_t first, int count) {
+    const Shape& shape = kv.shape;
+    const int64_t batch = head / shape.q_heads, q_head = head % shape.q_heads;
+    const int64_t kv_head = batch * shape.kv_heads + q_head / shape.group();
+    Block block;
+    Tile tile;
+    const float* k_scales = kv.k_scales(kv_head, 0);
+    const float k_scale = *std::max_element(k_scales, k_scales + shape.k_blocks());
+    if (!(start_block(block, shape, q, q.token(batch, q_head, first), count) * k_scale <= STEEPEST)) return false;
+    for (int64_t key = 0; key < shape.kv_len; key += KEYS) {
+        for (int row = 0; row < count; row += ROWS) meet(tile, block, row, first + row, kv, kv_head, key);
+    }
+    for (int n = 0; n < count; ++n) {
+        const float sum = _mm512_reduce_add_ps(block.sum[n]);
+        out.write(out.token(batch, q_head, first + n), shape.dim, block.out + n * shape.width(), 1.0f / sum);
+    }
+    return true;
+}
+
+// Queries a block: few enough blocks that K and V are seldom read, enough that all threads have work to the end.
+int64_t block_size(const Shape& shape, int threads) {
+    const int64_t share = ceil_div(shape.batch * shape.q_heads * shape.q_len, 4 * threads);
+    const int64_t most = std::min<int64_t>(MAX_QUERIES, round_up(share, ROWS));
+    return round_up(ceil_div(shape.q_len, ceil_div(shape.q_len, most)), ROWS);
+}
+
+template <class T>
+bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& v, const Tensor<T>& out,
+         int threads, uint8_t* flags) {
+    const Packed packed(shape);
+    if (!packed.memory) return false;
+    const int64_t kv_heads = shape.batch * shape.kv_heads, heads = shape.batch * shape.q_heads;
+    const int64_t size = block_size(shape, threads), blocks = ceil_div(shape.q_len, size);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t head = 0; head < kv_heads; ++head) find_mean(packed, k, head);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < kv_heads * shape.k_blocks(); ++i) {
+            pack(packed, k, v, i / shape.k_blocks(), i % shape.k_blocks() * K_BLOCK);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < heads * blocks; ++i) {
+            const int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * size; // the longest causal rows first
+            if (!attend(packed, q, out, head, first, int(std::min(size, shape.q_len - first)))) {
+#pragma omp atomic write
+                flags[head] = 1;
+            }
+        }
+    }
+    return true;
+}
+
+template <class T>
+bool run_typed(const Shape& shape, void* q, void* k, void* v, void* out, const int64_t* strides, int threads, uint8_t* flags) {
+    const auto tensor = [&](void* data, int i) { return Tensor<T>{static_cast<T*>(data), strides + 4 * i}; };
+    return run(shape, tensor(q, 0), tensor(k, 1), tensor(v, 2), tensor(out, 3), threads, flags);
+}
+
+} // namespace
+
+// sizes: batch, query heads, KV heads, query tokens, KV tokens, head_dim, whether causal, dtype (0 float32, 1 bfloat16,
+// 2 float16), threads; then the 4 strides of q, k, v and out in elements. flags: one byte for each batch and query head,
+// zero on entry; set for those that are left to the caller. Returns 0, or 1 if there is no memory.
+extern "C" __attribute__((visibility("default"))) int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale, uint8_t* flags) {
+    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], int(sizes[5]), int(sizes[6]), scale};
+    const auto typed = sizes[7] == 0 ? run_typed<float> : sizes[7] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
+    return typed(shape, q, k, v, out, sizes + 9, int(sizes[8]), flags) ? 0 : 1;
+}

@@ -1,0 +1,122 @@
+"""What cannot run costs a reason and a log line, never a crash: missing and broken packages, failing and wrong kernels.
+
+A provider whose kernel the test chooses stands in for Triton on the CPU; everything else is the real way through.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sagecompile import formats
+from sagecompile.kernels import available
+from sagecompile.report import recording
+from sagecompile.site import AttentionSite
+
+SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 1, 2, 2, 64, 64, 64, 64, "float32", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget_trials():
+    available._trial.cache_clear()
+    yield
+    available._trial.cache_clear()
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Offer a kernel as the provider `triton` on the CPU."""
+
+    def put(kernel):
+        row = replace(formats.PROVIDERS["triton"], devices=("cpu",))
+        monkeypatch.setitem(formats.PROVIDERS, "triton", row)
+        monkeypatch.setattr(available, "version", lambda provider: "1.0")
+        monkeypatch.setattr(available, "launcher", lambda provider: kernel)
+
+    return put
+
+
+def sdpa(q, k, v, out, *, scale, is_causal, format):
+    out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal))
+
+
+def broken(q, k, v, out, **_):
+    raise RuntimeError("ptxas fatal: no such instruction")
+
+
+def wrong(q, k, v, out, **_):
+    out.copy_(v)
+
+
+def test_a_kernel_that_works_is_not_refused(install):
+    install(sdpa)
+    assert available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) is None
+
+
+def test_a_kernel_that_fails_is_refused_with_the_compilers_message_and_logged_once(install, caplog):
+    install(broken)
+    with caplog.at_level(logging.WARNING, logger="sagecompile"):
+        reasons = {available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) for _ in range(3)}
+    assert reasons == {"triton failed: RuntimeError: ptxas fatal: no such instruction"}
+    assert len(caplog.records) == 1
+
+
+def test_a_kernel_that_is_wrong_on_this_device_is_refused(install):
+    install(wrong)
+    reason = available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False)
+    assert reason.startswith("triton wrong: relative error") and reason.endswith("needs at most 0.04")
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(available, "version", lambda provider: None)
+    reason = available.refusal(SITE, "qk_int8_pv_fp16", "sageattention", cuda_graphs=False)
+    assert reason == "sageattention not installed: pip install sageattention"
+
+
+def test_a_package_that_cannot_be_imported_gives_its_message(monkeypatch):
+    monkeypatch.setattr(available, "version", lambda provider: "1.0.6")
+    text = "libcudart.so.13: cannot open shared object file"
+    monkeypatch.setattr(available, "_sageattention_installed", lambda: (None, text))
+    reason = available.refusal(SITE, "qk_int8_pv_fp16", "sageattention", cuda_graphs=False)
+    assert reason == f"sageattention cannot be imported: {text}"
+
+
+def test_a_model_still_runs_on_a_broken_kernel(install):
+    install(broken)
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 64, 64)
+    options = {"sage.policy": "always", "sage.formats": "qk_int8_pv_fp8"}
+
+    def model(q):
+        return F.scaled_dot_product_attention(q, q, q)
+
+    formats.PROVIDERS["reference"], row = (
+        replace(formats.PROVIDERS["reference"], devices=()),
+        formats.PROVIDERS["reference"],
+    )
+    try:
+        with recording() as reports:
+            out = torch.compile(model, backend="sage_inductor", options=options)(q)
+    finally:
+        formats.PROVIDERS["reference"] = row
+    torch.testing.assert_close(out, model(q))
+    assert reports[0].kept[0].decision.reason == "triton failed: RuntimeError: ptxas fatal: no such instruction"
+
+
+def test_the_trial_leaves_the_users_random_numbers_alone(install):
+    install(sdpa)
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    available.refusal(SITE, "qk_int8_pv_fp8", "triton", cuda_graphs=False)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_the_trial_runs_in_inference_mode_too(install):
+    install(sdpa)
+    with torch.inference_mode():
+        assert available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) is None
