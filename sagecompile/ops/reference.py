@@ -49,6 +49,7 @@ def attention(
         wide = torch.bfloat16 if v.dtype == torch.float32 else v.dtype
         values, v_scale = v.to(wide).float(), None
 
+    largest = torch.finfo(out.dtype).max
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
     step = max(1, MAX_SCORES // max(1, batch * kv_heads * kv_len))
     for start in range(0, group * q_len, step):
@@ -62,7 +63,8 @@ def attention(
             sliced = quantize.fp8(p * P_FP8_SCALE) @ values * v_scale
         else:
             sliced = p.to(wide).float() @ values
-        result[:, :, part] = (sliced / total).to(result.dtype)
+        # A mean of V's values cannot pass the largest number, but rounded weights could carry it there.
+        result[:, :, part] = (sliced / total).clamp(-largest, largest).to(result.dtype)
     out.copy_(result.view(batch, heads, q_len, head_dim))
     unit = q_scale.abs().amax((-2, -1)) * k_scale.amax((-2, -1))
     _mend(q, k, v, out, unit > quantize.STEEPEST, scale, is_causal)

@@ -321,14 +321,15 @@ template <class T> void pack(const Packed& to, const Tensor<T>& k, const Tensor<
 
 // ---- Attention of one block of queries ------------------------------------------------------------------------------
 
-// 2^x for x <= 0 (and the little above that rounding leaves), -inf gives 0. Relative error 7e-5, below bfloat16's 2e-3:
-// a polynomial of degree 3 on the fraction, fitted to the least relative error, and the whole part added to the exponent.
+// 2^x for x <= 0 (and the little above that rounding leaves); -inf gives 0, and 0 exactly 1, so that what shrinks by it
+// time and again stays as it is. Relative error 9e-5, below bfloat16's 2e-3: a polynomial of degree 3 on the fraction,
+// fitted to the least relative error, and the whole part added to the exponent.
 INLINE __m512 exp2(__m512 x) {
     const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 power = _mm512_set1_ps(0.0780245f);
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.2260672f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.6958335f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.9999252f));
+    __m512 power = _mm512_set1_ps(0.07706708f);
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.22764495f));
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.6951168f));
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(power, x);
 }
 
@@ -487,7 +488,8 @@ bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& out, int64_t 
     return true;
 }
 
-// Queries a block: few enough blocks that K and V are seldom read, enough that all threads have work to the end.
+// Queries a block, if they are to be shared among `threads`: few enough blocks that K and V are seldom read, and enough
+// that all threads have work to the end.
 int64_t block_size(const Shape& shape, int threads) {
     const int64_t share = ceil_div(shape.batch * shape.q_heads * shape.q_len, 4 * threads);
     const int64_t most = std::min<int64_t>(MAX_QUERIES, round_up(share, ROWS));
@@ -499,23 +501,36 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
          int threads, uint8_t* flags) {
     const Packed packed(shape);
     if (!packed.memory) return false;
-    const int64_t kv_heads = shape.batch * shape.kv_heads, heads = shape.batch * shape.q_heads;
-    const int64_t size = block_size(shape, threads), blocks = ceil_div(shape.q_len, size);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t head = 0; head < kv_heads; ++head) find_mean(packed, k, head);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < kv_heads * shape.k_blocks(); ++i) {
-            pack(packed, k, v, i / shape.k_blocks(), i % shape.k_blocks() * K_BLOCK);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < heads * blocks; ++i) {
-            const int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * size; // the longest causal rows first
-            if (!attend(packed, q, out, head, first, int(std::min(size, shape.q_len - first)))) {
+    const int64_t kv_heads = shape.batch * shape.kv_heads, group = shape.group();
+    const auto pack_block = [&](int64_t head, int64_t block) { pack(packed, k, v, head, block * K_BLOCK); };
+    const auto attend_block = [&](int64_t head, int64_t block, int64_t size) {
+        const int64_t first = block * size;
+        if (!attend(packed, q, out, head, first, int(std::min(size, shape.q_len - first)))) {
 #pragma omp atomic write
-                flags[head] = 1;
-            }
+            flags[head] = 1;
+        }
+    };
+    // Where each thread gets as many whole heads as the others, it needs to wait for none of them.
+    const bool whole_heads = kv_heads % threads == 0 || kv_heads >= 8 * threads;
+    const int64_t size = block_size(shape, whole_heads ? 1 : threads), blocks = ceil_div(shape.q_len, size);
+    // Waking the other threads takes microseconds, in which one multiplies some hundred thousand numbers.
+    const bool parallel = double(kv_heads) * group * shape.q_len * shape.kv_len * shape.dim > 1e6;
+#pragma omp parallel num_threads(threads) if (parallel)
+    if (whole_heads) {
+#pragma omp for schedule(dynamic)
+        for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+            find_mean(packed, k, kv_head);
+            for (int64_t block = 0; block < shape.k_blocks(); ++block) pack_block(kv_head, block);
+            for (int64_t i = 0; i < group * blocks; ++i) attend_block(kv_head * group + i / blocks, i % blocks, size);
+        }
+    } else {
+#pragma omp for schedule(dynamic)
+        for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) find_mean(packed, k, kv_head);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < kv_heads * shape.k_blocks(); ++i) pack_block(i / shape.k_blocks(), i % shape.k_blocks());
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < kv_heads * group * blocks; ++i) { // the longest causal rows first
+            attend_block(i / blocks, blocks - 1 - i % blocks, size);
         }
     }
     return true;
