@@ -26,5 +26,6 @@ test: setup
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	rm -rf build/typed build/lib
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/typed .
 	MYPYPATH=build/typed $(PYTHON) -m mypy -p sagecompile

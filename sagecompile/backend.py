@@ -103,7 +103,8 @@ def explain_with(
         dump(rewritten, "after")
         return gm.forward
 
-    original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
+    unwrapped = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+    original = unwrapped if unwrapped is not None else model
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
@@ -143,7 +144,7 @@ class SourceStamp(CustomGraphPass):
 def _source_hash() -> str:
     """Of every Python file of the package, so that a graph compiled by other sources is never served."""
     digest = hashlib.sha256()
-    for root in (Path(__file__).parent, Path(passes.__file__).parent):
+    for root in (Path(__file__).parent, *map(Path, passes.__path__)):
         for file in sorted(root.rglob("*.py")):
             digest.update(file.read_bytes())
     return f"sagecompile-{digest.hexdigest()}"

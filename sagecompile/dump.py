@@ -1,7 +1,7 @@
 """Write the graphs before and after the rewrite, and what Dynamo made of the model, as Python that can be read.
 
-In: a folder, for as long as `dumping(folder)` lasts. Out: `graph_0.before.py` and `graph_0.after.py` for each graph, and
-depyf's files beside them: the decompiled model with its guards (`full_code_for_*.py`) and each compiler stage.
+In: a folder, for as long as `dumping(folder)` lasts. Out: `graph_0.before.py` and `graph_0.after.py` for each graph,
+and depyf's files beside them: the decompiled model with its guards (`full_code_for_*.py`) and each compiler stage.
 """
 
 from __future__ import annotations

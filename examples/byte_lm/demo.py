@@ -1,4 +1,4 @@
-"""The main job on a real model: compile a trained byte-level Llama with `sage_inductor`, and see what it costs and gains.
+"""The main job on a real model: compile a trained byte-level Llama with `sage_inductor`; what it costs and gains.
 
 In: the trained weights beside this file and text they never saw. Out: the report of every attention call, bits per byte
 with SDPA and with each format, and the time of each against plain Inductor.
@@ -83,8 +83,8 @@ def main() -> int:
         say(f"   {name:34} {bits[name]:9.4f} {change:+8.2%} {times[name] / 1000:8.1f} {speed:6.2f}x")
 
     if device == "cpu":
-        say("\npolicy=always ran the reference here, which is the specification and not fast: on a CPU there is no kernel")
-        say("of ours yet that beats SDPA, so policy=auto, the default, kept SDPA everywhere.")
+        say("\npolicy=always ran the reference here, which is the specification and not fast: on a CPU there is no")
+        say("kernel of ours yet that beats SDPA, so policy=auto, the default, kept SDPA everywhere.")
     say("\nNext: `sagecompile doctor` says what this machine can run; for a model of your own,")
     say('   model = torch.compile(model, backend="sage_inductor")')
     say("   print(sagecompile.explain(model, *inputs))")

@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    header = f"{'head_dim':>8} {'causal':>6} {'length':>6} {'batch':>5}  {'what':28} {'us':>10} {'TFLOP/s':>8} {'ratio':>6} {'error':>7}"
-    print(header)
+    shape_header = f"{'head_dim':>8} {'causal':>6} {'length':>6} {'batch':>5}"
+    print(f"{shape_header}  {'what':28} {'us':>10} {'TFLOP/s':>8} {'ratio':>6} {'error':>7}")
     rows = []
     for head_dim, is_causal, length in product(arguments.head_dims, (False, True), arguments.lengths):
         for row in _measure(arguments, device, head_dim, is_causal, length):

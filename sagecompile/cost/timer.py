@@ -40,4 +40,4 @@ def _one_run_us(call: Callable[[], object], device_type: str) -> float:
     call()
     after.record()
     torch.cuda.synchronize()
-    return before.elapsed_time(after) * 1e3
+    return float(before.elapsed_time(after)) * 1e3

@@ -1,7 +1,7 @@
 """Find out what this machine can run: the only place where anything is detected or tried.
 
-In: a device, a provider, a site. Out: facts (`Device`), or the reason why not as text. A kernel is trusted after a trial
-on this very device: built, launched, and compared with SDPA, once for each combination that compiles differently.
+In: a device, a provider, a site. Out: facts (`Device`), or the reason why not as text. A kernel is trusted after a
+trial on this very device: built, launched, and compared with SDPA, once for each combination that compiles differently.
 """
 
 from __future__ import annotations

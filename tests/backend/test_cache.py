@@ -1,4 +1,4 @@
-"""Inductor's and AOTAutograd's caches: a second process starts warm, and never with a graph of other settings or sources.
+"""Inductor's and AOTAutograd's caches: a second process starts warm, never with a graph of other settings or sources.
 
 Each case runs small programs in processes of their own on one cache folder and reads the counters that torch keeps.
 """

@@ -156,20 +156,20 @@ template <class T> struct Tensor {
     T* token(int64_t batch, int64_t head, int64_t token) const {
         return data + batch * strides[0] + head * strides[1] + token * strides[2];
     }
-    // `dim` elements to float32, followed by zeros up to a whole vector.
-    INLINE void read(const T* from, int dim, float* to) const {
+    // `dim` elements to float32, and zeros up to `width`, a multiple of 16.
+    INLINE void read(const T* from, int dim, int width, float* to) const {
         T apart[MAX_DIM];
         if (strides[3] != 1) {
             for (int d = 0; d < dim; ++d) apart[d] = from[d * strides[3]];
             from = apart;
         }
-        for (int d = 0; d < dim; d += 16) _mm512_storeu_ps(to + d, load(from + d, first(dim - d)));
+        for (int d = 0; d < width; d += 16) _mm512_store_ps(to + d, load(from + d, first(std::max(dim - d, 0))));
     }
     INLINE void write(T* to, int dim, const float* from, float factor) const {
         T apart[MAX_DIM];
         T* const near = strides[3] == 1 ? to : apart;
         for (int d = 0; d < dim; d += 16) {
-            store(near + d, first(dim - d), _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(factor)));
+            store(near + d, first(dim - d), _mm512_mul_ps(_mm512_load_ps(from + d), _mm512_set1_ps(factor)));
         }
         if (near == apart) {
             for (int d = 0; d < dim; ++d) to[d * strides[3]] = apart[d];
@@ -182,24 +182,22 @@ template <class T> struct Tensor {
 // The larger of `most` and every |x|, compared as integers: they are ordered alike, and NaN and Inf are the largest.
 INLINE __m512i largest(const float* x, int width, __m512i most) {
     for (int d = 0; d < width; d += 16) {
-        const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(x + d), _mm512_set1_epi32(0x7FFFFFFF));
+        const __m512i bits = _mm512_and_si512(_mm512_load_si512(x + d), _mm512_set1_epi32(0x7FFFFFFF));
         most = _mm512_max_epi32(most, bits);
     }
     return most;
 }
 
-INLINE float largest_of(__m512i most) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most)))); }
+INLINE float largest_of(__m512i most) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most))));
+}
 
-// `width` floats (a multiple of 16) to INT8, each byte then XORed with `flip`; returns the sum of the integers.
-INLINE int32_t quantize(const float* x, int width, float inverse, int8_t flip, int8_t* to) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int d = 0; d < width; d += 16) {
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), _mm512_set1_ps(inverse)));
-        sum = _mm512_add_epi32(sum, rounded);
-        const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(rounded), _mm_set1_epi8(flip));
-        _mm_storeu_si128((__m128i*)(to + d), bytes);
+// `width` floats to INT8, every byte then XORed with `flip`; each 16 lie `apart` bytes after the last.
+INLINE void quantize(const float* x, int width, float inverse, uint8_t flip, uint8_t* to, int apart) {
+    for (int d = 0; d < width; d += 16, to += apart) {
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + d), _mm512_set1_ps(inverse)));
+        _mm_store_si128((__m128i*)to, _mm_xor_si128(_mm512_cvtsepi32_epi8(rounded), _mm_set1_epi8(flip)));
     }
-    return _mm512_reduce_add_epi32(sum);
 }
 
 // ---- The packed K and V ---------------------------------------------------------------------------------------------
@@ -211,6 +209,7 @@ struct Shape {
 
     int64_t group() const { return q_heads / kv_heads; }
     int width() const { return round_up(dim, LANES); } // of V and the output
+    int k_width() const { return round_up(dim, 16); } // of Q and K while they are quantized
     int k_words() const { return ceil_div(dim, 4); }
     int64_t k_blocks() const { return ceil_div(kv_len, K_BLOCK); }
     int64_t tiles() const { return ceil_div(kv_len, KEYS); }
@@ -257,56 +256,82 @@ struct Packed {
 template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t head) {
     const Shape& shape = to.shape;
     const int64_t step = 1 + (shape.kv_len - 1) / 1024;
-    float row[MAX_DIM], sum[MAX_DIM] = {};
+    const __m512 part = _mm512_set1_ps(1.0f / ceil_div(shape.kv_len, step));
+    float* mean = to.k_mean(head);
+    std::fill_n(mean, shape.width(), 0.0f);
     for (int64_t n = 0; n < shape.kv_len; n += step) {
-        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, n), shape.dim, row);
-        for (int d = 0; d < shape.dim; ++d) sum[d] += row[d];
+        alignas(64) float row[MAX_DIM];
+        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, n), shape.dim, shape.k_width(), row);
+        for (int d = 0; d < shape.dim; d += 16) {
+            _mm512_store_ps(mean + d, _mm512_fmadd_ps(_mm512_load_ps(row + d), part, _mm512_load_ps(mean + d)));
+        }
     }
-    for (int d = 0; d < shape.dim; ++d) to.k_mean(head)[d] = sum[d] / ceil_div(shape.kv_len, step);
 }
 
-// Quantize and pack tokens [from, from + K_BLOCK) of K; those past the end become zeros.
-template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t head, int64_t from) {
+// Quantize 16 tokens of K into 16 lanes of a panel.
+INLINE void pack_lanes(const float (*rows)[MAX_DIM], int width, float inverse, int words, uint32_t* panel) {
+    // For each 16 dimensions 4 vectors, of which vector t % 4 holds token t, so that what is left are transposes of 4 x 4.
+    __m512i tokens[MAX_DIM / 16][4];
+    for (int t = 0; t < 16; ++t) {
+        quantize(rows[t], width, inverse, 0, (uint8_t*)&tokens[0][t % 4] + t / 4 * 16, sizeof tokens[0]);
+    }
+    for (int w = 0; w < words; w += 4) {
+        const __m512i* const from = tokens[w / 4];
+        const __m512i a = _mm512_unpacklo_epi32(from[0], from[1]), b = _mm512_unpackhi_epi32(from[0], from[1]);
+        const __m512i c = _mm512_unpacklo_epi32(from[2], from[3]), d = _mm512_unpackhi_epi32(from[2], from[3]);
+        const __m512i turned[] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c),
+                                  _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)};
+        for (int i = 0; i < std::min(4, words - w); ++i) _mm512_store_si512(panel + (w + i) * LANES, turned[i]);
+    }
+}
+
+// Where the sums of 16 lanes of a panel start, for queries that are 128 too large.
+INLINE __m512i start_of(const uint32_t* panel, int words) {
+    __m512i excess = _mm512_setzero_si512();
+    for (int w = 0; w < words; ++w) {
+        excess = _mm512_dpbusd_epi32(excess, _mm512_set1_epi8(int8_t(0x80)), _mm512_load_si512(panel + w * LANES));
+    }
+    return _mm512_sub_epi32(_mm512_set1_epi32(MAGIC_BITS), excess);
+}
+
+// Quantize and pack tokens [from, from + count) of K, and zeros up to a whole panel; returns the largest |k - mean|.
+template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t head, int64_t from, int count) {
     const Shape& shape = to.shape;
-    const int count = std::min<int64_t>(K_BLOCK, shape.kv_len - from), width = round_up(shape.dim, 16);
+    const int padded = round_up(count, LANES), width = shape.k_width();
     alignas(64) float rows[K_BLOCK][MAX_DIM];
     const float* mean = to.k_mean(head);
     __m512i most = _mm512_setzero_si512();
-    for (int n = 0; n < K_BLOCK; ++n) {
-        if (n >= count) {
-            std::fill_n(rows[n], width, 0.0f);
-            continue;
+    for (int n = 0; n < count; ++n) {
+        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, from + n), shape.dim, width, rows[n]);
+        for (int d = 0; d < width; d += 16) {
+            _mm512_store_ps(rows[n] + d, _mm512_sub_ps(_mm512_load_ps(rows[n] + d), _mm512_load_ps(mean + d)));
         }
-        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, from + n), shape.dim, rows[n]);
-        for (int d = 0; d < shape.dim; ++d) rows[n][d] -= mean[d];
         most = largest(rows[n], width, most);
     }
+    for (int n = count; n < padded; ++n) std::fill_n(rows[n], width, 0.0f);
     const float amax = std::max(largest_of(most), SMALLEST_AMAX);
-    for (int n = 0; n < K_BLOCK; ++n) {
-        uint32_t words[Q_WORDS];
-        *to.starts(head, from + n) = MAGIC_BITS - 128 * quantize(rows[n], width, 127.0f / amax, 0, (int8_t*)words);
-        uint32_t* panel = to.k_panel(head, from + n / LANES * LANES) + n % LANES;
-        for (int w = 0; w < shape.k_words(); ++w) panel[w * LANES] = words[w];
+    for (int n = 0; n < padded; n += 16) {
+        uint32_t* const panel = to.k_panel(head, from + n / LANES * LANES) + n % LANES;
+        pack_lanes(rows + n, width, 127.0f / amax, shape.k_words(), panel);
+        _mm512_store_si512(to.starts(head, from + n), start_of(panel, shape.k_words()));
     }
     return amax;
 }
 
-// Pack tokens [from, from + K_BLOCK) of V; those past the end become zeros.
-template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t head, int64_t from) {
+// Pack tokens [from, from + count) of V, and zeros up to a whole panel; returns the largest |v|.
+template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t head, int64_t from, int count) {
     const Shape& shape = to.shape;
-    alignas(64) float rows[Values::KEYS_A_WORD][MAX_DIM] = {};
+    const int width = shape.width();
     __m512i most = _mm512_setzero_si512();
-    for (int n = 0; n < K_BLOCK; n += Values::KEYS_A_WORD) {
+    for (int n = 0; n < round_up(count, LANES); n += Values::KEYS_A_WORD) {
+        alignas(64) float rows[Values::KEYS_A_WORD][MAX_DIM];
         for (int i = 0; i < Values::KEYS_A_WORD; ++i) {
-            if (from + n + i < shape.kv_len) {
-                v.read(v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i), shape.dim, rows[i]);
-            } else {
-                std::fill_n(rows[i], shape.dim, 0.0f);
-            }
-            most = largest(rows[i], shape.width(), most);
+            const T* token = v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i);
+            v.read(token, n + i < count ? shape.dim : 0, width, rows[i]);
+            most = largest(rows[i], width, most);
         }
-        for (int d = 0; d < shape.width(); d += 16) {
-            uint32_t* words = to.v_panel(head, from + n, d / LANES * LANES) + d % LANES;
+        for (int d = 0; d < width; d += 16) {
+            uint32_t* const words = to.v_panel(head, from + n, d / LANES * LANES) + d % LANES;
             _mm512_store_si512(words, Values::pack(rows[0] + d, MAX_DIM));
         }
     }
@@ -314,7 +339,8 @@ template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t he
 }
 
 template <class T> void pack(const Packed& to, const Tensor<T>& k, const Tensor<T>& v, int64_t head, int64_t from) {
-    const float k_amax = pack_k(to, k, head, from), v_amax = pack_v(to, v, head, from);
+    const int count = std::min<int64_t>(K_BLOCK, to.shape.kv_len - from);
+    const float k_amax = pack_k(to, k, head, from, count), v_amax = pack_v(to, v, head, from, count);
     const bool fits = k_amax <= FLT_MAX && v_amax <= LARGEST_V; // false for a NaN too
     *to.k_scales(head, from) = fits ? k_amax / 127.0f : INFINITY;
 }
@@ -353,15 +379,15 @@ struct Tile {
 // Read, quantize and reset; returns the largest factor, infinite where Q cannot be quantized. Missing queries are zero.
 template <class T>
 float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T* token, int count) {
-    float steepest = 0.0f, row[MAX_DIM];
-    const int width = round_up(shape.dim, 16);
+    const int width = shape.k_width();
     const float sign = shape.scale < 0 ? -1.0f : 1.0f;
+    float steepest = 0.0f;
     for (int n = 0; n < round_up(count, ROWS); ++n, token += q.strides[2]) {
-        if (n < count) q.read(token, shape.dim, row);
-        else std::fill_n(row, width, 0.0f);
+        alignas(64) float row[MAX_DIM];
+        q.read(token, n < count ? shape.dim : 0, width, row);
         const float amax = std::max(largest_of(largest(row, width, _mm512_setzero_si512())), SMALLEST_AMAX);
         if (!(amax <= FLT_MAX)) return INFINITY;
-        quantize(row, width, sign * 127.0f / amax, int8_t(0x80), (int8_t*)block.q[n]);
+        quantize(row, width, sign * 127.0f / amax, 0x80, (uint8_t*)block.q[n], 16);
         block.factor[n] = amax / 127.0f * std::fabs(shape.scale) * LOG2_E;
         steepest = std::max(steepest, block.factor[n]);
         block.top[n] = -INFINITY;
@@ -488,10 +514,9 @@ bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& out, int64_t 
     return true;
 }
 
-// Queries a block, if they are to be shared among `threads`: few enough blocks that K and V are seldom read, and enough
-// that all threads have work to the end.
-int64_t block_size(const Shape& shape, int threads) {
-    const int64_t share = ceil_div(shape.batch * shape.q_heads * shape.q_len, 4 * threads);
+// Queries a block: as many as fit, so that K and V are seldom read, but at least `least` blocks in all.
+int64_t block_size(const Shape& shape, int64_t least) {
+    const int64_t share = ceil_div(shape.batch * shape.q_heads * shape.q_len, least);
     const int64_t most = std::min<int64_t>(MAX_QUERIES, round_up(share, ROWS));
     return round_up(ceil_div(shape.q_len, ceil_div(shape.q_len, most)), ROWS);
 }
@@ -512,7 +537,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     };
     // Where each thread gets as many whole heads as the others, it needs to wait for none of them.
     const bool whole_heads = kv_heads % threads == 0 || kv_heads >= 8 * threads;
-    const int64_t size = block_size(shape, whole_heads ? 1 : threads), blocks = ceil_div(shape.q_len, size);
+    const int64_t size = block_size(shape, whole_heads ? 1 : 4 * threads), blocks = ceil_div(shape.q_len, size);
     // Waking the other threads takes microseconds, in which one multiplies some hundred thousand numbers.
     const bool parallel = double(kv_heads) * group * shape.q_len * shape.kv_len * shape.dim > 1e6;
 #pragma omp parallel num_threads(threads) if (parallel)
