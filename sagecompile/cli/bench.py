@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", type=_integers, default=[64, 128], help="comma-separated")
     parser.add_argument("--heads", type=int, default=None, help="default: 2048 / head_dim on a GPU, 8 on a CPU")
     parser.add_argument("--tokens", type=int, default=None, help="in all; default 16384 on a GPU, 1 sequence on a CPU")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--dtypes", type=_names, default=["bfloat16"], help="of float16, bfloat16, float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON as well")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write what `policy=auto` reads for this device")
 
@@ -37,31 +37,41 @@ def _integers(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - {"float16", "bfloat16", "float32"}:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: can be float16, bfloat16, float32")
+    return names
+
+
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shape_header = f"{'head_dim':>8} {'causal':>6} {'length':>6} {'batch':>5}"
+    shape_header = f"{'dtype':8} {'head_dim':>8} {'causal':>6} {'length':>6} {'batch':>5}"
     print(f"{shape_header}  {'what':28} {'us':>10} {'TFLOP/s':>8} {'ratio':>6} {'error':>7}")
     rows = []
-    for head_dim, is_causal, length in product(arguments.head_dims, (False, True), arguments.lengths):
-        for row in _measure(arguments, device, head_dim, is_causal, length):
+    shapes = product(arguments.dtypes, arguments.head_dims, (False, True), arguments.lengths)
+    for dtype, head_dim, is_causal, length in shapes:
+        for row in _measure(arguments, device, dtype, head_dim, is_causal, length):
             rows.append(row)
-            print(
-                f"{head_dim:8} {'yes' if is_causal else 'no':>6} {length:6} {row['batch']:5}  {row['what']:28} "
-                f"{row['us']:10.1f} {row['tflops']:8.2f} {row['ratio']:6.2f} {row['error']:7.4f}",
-                flush=True,
-            )
+            print(_render_row(row), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(_machine(device) | {"rows": rows}, indent=1) + "\n")
     if arguments.profile:
-        arguments.profile.write_text(json.dumps(profile(_machine(device), rows), indent=1) + "\n")
+        arguments.profile.write_text(render_profile(profile(_machine(device), rows)))
     print(json.dumps({"device": _machine(device)["device"], "rows": len(rows)}))
     return 0
 
 
+def _render_row(row: dict[str, Any]) -> str:
+    causal = "yes" if row["is_causal"] else "no"
+    shape = f"{row['dtype']:8} {row['head_dim']:8} {causal:>6} {row['length']:6} {row['batch']:5}"
+    return f"{shape}  {row['what']:28} {row['us']:10.1f} {row['tflops']:8.2f} {row['ratio']:6.2f} {row['error']:7.4f}"
+
+
 def _measure(
-    arguments: argparse.Namespace, device: str, head_dim: int, is_causal: bool, length: int
+    arguments: argparse.Namespace, device: str, dtype_name: str, head_dim: int, is_causal: bool, length: int
 ) -> Iterator[dict[str, Any]]:
     """One shape: SDPA first, then every format and provider that can run it."""
     import torch
@@ -76,14 +86,14 @@ def _measure(
     on_gpu = device.startswith("cuda")
     heads = arguments.heads or (max(1, 2048 // head_dim) if on_gpu else 8)
     batch = max(1, (arguments.tokens or (16384 if on_gpu else length)) // length)
-    dtype = getattr(torch, arguments.dtype)
+    dtype = getattr(torch, dtype_name)
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, heads, length, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     k += 3 * torch.randn((1, heads, 1, head_dim), generator=generator, device=device).to(dtype)
     calls: dict[str, Any] = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)}
     site = AttentionSite(
-        *("bench", "", "sdpa", batch, heads, heads, length, length, head_dim, head_dim, arguments.dtype, str(q.device)),
+        *("bench", "", "sdpa", batch, heads, heads, length, length, head_dim, head_dim, dtype_name, str(q.device)),
         is_causal=is_causal,
     )
     for provider in PROVIDERS.values():
@@ -103,7 +113,7 @@ def _measure(
                 "length": length,
                 "batch": batch,
                 "heads": heads,
-                "dtype": arguments.dtype,
+                "dtype": dtype_name,
                 "us": round(us, 2),
                 "tflops": round(flops / us * 1e-6, 3),
                 "ratio": round(times["sdpa"] / us, 4),
@@ -159,3 +169,10 @@ def profile(machine: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
             for (format, provider, head_dim, is_causal, dtype, heads), found in groups.items()
         ]
     }
+
+
+def render_profile(found: dict[str, Any]) -> str:
+    """JSON with one row a line, so that a new measurement can be read as a diff."""
+    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in found["rows"])
+    return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'

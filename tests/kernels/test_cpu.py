@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -338,7 +339,7 @@ def _run(script: str, **env: str) -> str:
 
 @HERE
 def test_token_offsets_past_32_bits():
-    """Tokens 2^24 elements apart: the last ones start beyond 2^31. The memory is reserved, and nearly none is touched."""
+    """Tokens 2^24 elements apart: the last start beyond 2^31. The memory is reserved, and nearly none is touched."""
     tokens, stride, dim = 140, 2**24, 64
     storage = torch.empty(tokens * stride, dtype=torch.bfloat16)
     q, k, v, out = (storage.as_strided((1, 1, tokens, dim), (stride, stride, stride, 1), i * 4096) for i in range(4))
@@ -362,7 +363,7 @@ def test_unknown_format_is_refused():
 
 
 @pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and nothing remembered of this machine before or after; the cache's place."""
     from torch._inductor.cpp_builder import cpp_compiler_search
 
@@ -411,7 +412,8 @@ def test_built_once_with_a_line_in_the_log(forgetful, caplog):
         build.function("-O0")
         build.function.cache_clear()
         build.function("-O0")
-    assert [record.message.partition(" in ")[0] for record in caplog.records] == ["built the CPU attention kernel"]
+    (record,) = caplog.records
+    assert record.message.startswith("building the CPU attention kernel with ")
     assert len(list(forgetful.rglob("*.so"))) == 1
     assert isinstance(build.function("-O0"), ctypes._CFuncPtr)
 

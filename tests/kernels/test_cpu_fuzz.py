@@ -42,7 +42,7 @@ def calls(draw):
 
 
 def strided(values: torch.Tensor, order: tuple[int, ...], gap: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same values with their dims in memory in this order, every `gap`-th element, an offset; and what holds them."""
+    """These values with their dims in memory in this order, every `gap`-th element, an offset; and what holds them."""
     sizes = [values.shape[i] for i in order]
     storage = torch.full([size + 2 for size in sizes[:-1]] + [gap * (sizes[-1] + 2)], GUARD, dtype=values.dtype)
     inner = storage[tuple(slice(1, size + 1) for size in sizes[:-1])][..., gap : gap * (sizes[-1] + 1) : gap]

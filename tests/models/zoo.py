@@ -170,10 +170,10 @@ FAMILIES = {
             "num_heads": HEADS,
         },
         {
-            **_each_layer({"encoder.block.{}.layer.0.SelfAttention": f"{MASK}float32 (1, 4, 48, 48)"}),
+            **_each_layer({"encoder.block.{}.layer.0.SelfAttention": f"{MASK}float32 ("}),
             **_each_layer(
                 {
-                    "decoder.block.{}.layer.0.SelfAttention": f"{MASK}float32 (1, 4, 24, 24)",
+                    "decoder.block.{}.layer.0.SelfAttention": f"{MASK}float32 (",
                     "decoder.block.{}.layer.1.EncDecAttention": "",
                 }
             ),

@@ -7,6 +7,7 @@ arithmetic are explained at the top of attention.cpp; it is built on first use.
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +30,14 @@ def attention(
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 256; one dtype; any strides.
     """
     _check(q, k, v, out, format)
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    sizes = (
-        *(batch, q_heads, kv_heads, q_len, kv_len, head_dim, is_causal, _DTYPES[q.dtype], torch.get_num_threads()),
-        *(*q.stride(), *k.stride(), *v.stride(), *out.stride()),
-    )
-    flags = (ctypes.c_uint8 * (batch * q_heads))()
+    sizes = (*q.shape, *k.shape[1:3], is_causal, _DTYPES[q.dtype], torch.get_num_threads())
+    strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
+    flags = ctypes.create_string_buffer(q.shape[0] * q.shape[1])
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-    if function()(*pointers, (ctypes.c_int64 * len(sizes))(*sizes), scale, flags) != 0:
-        raise MemoryError(f"no memory for K {tuple(k.shape)} and V in 8 and 16 bits")
-    if any(flags):
-        _recompute_flagged(q, k, v, out, bytes(flags), scale, is_causal)
+    if function()(*pointers, struct.pack(f"{len(sizes) + len(strides)}q", *sizes, *strides), scale, flags) != 0:
+        raise MemoryError(f"no memory for K {tuple(k.shape)} in 8 bits and V in 16 or 32")
+    if any(flags.raw):
+        _recompute_flagged(q, k, v, out, flags.raw, scale, is_causal)
 
 
 def _recompute_flagged(
@@ -70,11 +67,13 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
             f"{name} {tuple(x.shape)}" for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)
         )
         raise ValueError(f"{shapes}: q and out must be (B, Hq, Nq, D), k and v (B, Hkv, Nk, D)")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    batch, heads, q_len, head_dim = q.shape
+    kv_batch, kv_heads, kv_len, kv_dim = k.shape
+    if batch != kv_batch or head_dim != kv_dim or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: B and D must be equal and Hq a multiple of Hkv")
-    if min(q.shape) < 1 or k.shape[2] < 1 or q.shape[3] > MAX_HEAD_DIM:
+    if min(batch, heads, q_len, kv_len, head_dim) < 1 or head_dim > MAX_HEAD_DIM:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: every size must be at least 1, and D at most 256")
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
         raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {tuple(_DTYPES)}")
-    if any(x.device.type != "cpu" for x in (q, k, v, out)):
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and out.is_cpu):
         raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need the CPU")

@@ -3,24 +3,27 @@
 // In: q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D) of float32, bfloat16 or float16 with any strides; D is at most 256.
 // Out: out = softmax(scale * q k^T) v, wholly written but for the heads that INT8 cannot hold, which are flagged.
 //
-// The loops, and what they cost on a Zen 4 core (one 512-bit multiply instruction a cycle, whether INT8, bf16 or float):
+// The loops, and what they cost on a Zen 4 core, which starts one 512-bit multiplication (INT8, bf16, float) a cycle:
 //
 //   pack (once for each KV head, shared by all its query heads)
 //     k -> INT8, less its mean, one scale for 64 tokens; panels of 32 tokens x D: word w of a panel holds dimensions
 //          4w..4w+3 of each of the 32 tokens, which is what vpdpbusd multiplies in its 2 x 16 lanes
-//     v -> bfloat16; panels of 32 dimensions x 256 tokens: word w holds tokens 2w and 2w+1 of each dimension (vdpbf16ps)
+//     v -> bfloat16; panels of 32 dimensions x 256 tokens: word w holds tokens 2w, 2w+1 of each dimension (vdpbf16ps)
 //   attend (each block of up to 96 queries of a head)
 //     q -> INT8, one scale for each token, stored as bytes q + 128 because vpdpbusd multiplies unsigned by signed; the
 //          128 * sum(k) that this adds to a score is taken away where the sum starts
-//     for each tile of 256 keys            96 KiB of K and V at D = 128: they stay in L2 for all queries of the block
-//       for each 12 queries                12 KiB of scores and 6 KiB of weights: they stay in L1
-//         scores  12 x 256 x D INT8        D / 4 instructions for 16 scores
-//         softmax 12 x 256                 about 7 cycles for 16 scores
-//         output  12 x D x 256 bf16        D / 2 instructions for 16 scores
+//     for each tile of 256 keys         96 KiB of K and V at D = 128: they stay in L2 for all queries of the block
+//       for each 12 queries             12 KiB of scores and 6 KiB of weights: they stay in L1
+//         scores   12 x 256 x D INT8    D / 4 cycles for 16 scores; measured 17.9 at D = 64 and 33.8 at D = 128
+//         softmax  12 x 256             8.6 cycles for 16 scores
+//         output   12 x D x 256 bf16    D / 2 cycles for 16 scores; measured 32.7 and 64.9
 //
-// So 16 scores cost 16 + 7 + 32 cycles at D = 64 and 32 + 7 + 64 at D = 128, that is 74 and 80 operations a cycle, where
-// float32 has 32. Both products run in one micro-kernel, `multiply`: 12 rows x 2 vectors of sums stay in registers, and
-// a step loads 2 vectors and 12 broadcast words (of 4 INT8, 2 bf16 or 1 float) for 24 multiplications.
+// So 16 scores take 59 cycles at D = 64 and 107 at D = 128, of which 48 and 96 are the multiplications: 81% and 89% of
+// what VNNI and bf16 can do. The rest: storing scores (2 cycles for 16) does not overlap with multiplying; the softmax
+// needs 2 for the maximum and 6.6 for the weights, whose vreduceps and vscalefps take 2 each in the pipes that add.
+//
+// Both products run in one micro-kernel, `multiply`: 12 rows x 2 vectors of sums stay in registers, and a step loads 2
+// vectors and 12 broadcast words (of 4 INT8, 2 bf16 or 1 float) for 24 multiplications.
 //
 // The scheme is SageAttention's (arXiv:2410.02367) in FlashAttention's loop (arXiv:2307.08691).
 
@@ -31,7 +34,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 
 namespace {
@@ -203,13 +205,13 @@ INLINE void quantize(const float* x, int width, float inverse, uint8_t flip, uin
 // ---- The packed K and V ---------------------------------------------------------------------------------------------
 
 struct Shape {
-    int64_t batch, q_heads, kv_heads, q_len, kv_len;
+    int64_t batch, q_heads, q_len, kv_heads, kv_len;
     int dim, causal;
     float scale;
 
     int64_t group() const { return q_heads / kv_heads; }
     int width() const { return round_up(dim, LANES); } // of V and the output
-    int k_width() const { return round_up(dim, 16); } // of Q and K while they are quantized
+    int k_width() const { return round_up(dim, 16); }  // of Q and K while they are quantized
     int k_words() const { return ceil_div(dim, 4); }
     int64_t k_blocks() const { return ceil_div(kv_len, K_BLOCK); }
     int64_t tiles() const { return ceil_div(kv_len, KEYS); }
@@ -270,7 +272,7 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
 
 // Quantize 16 tokens of K into 16 lanes of a panel.
 INLINE void pack_lanes(const float (*rows)[MAX_DIM], int width, float inverse, int words, uint32_t* panel) {
-    // For each 16 dimensions 4 vectors, of which vector t % 4 holds token t, so that what is left are transposes of 4 x 4.
+    // For each 16 dimensions 4 vectors, of which number t % 4 holds token t: what is left are transposes of 4 x 4.
     __m512i tokens[MAX_DIM / 16][4];
     for (int t = 0; t < 16; ++t) {
         quantize(rows[t], width, inverse, 0, (uint8_t*)&tokens[0][t % 4] + t / 4 * 16, sizeof tokens[0]);
@@ -443,7 +445,7 @@ INLINE __m512 weigh(const float* scores, const float* units, float top, int keys
     return sum;
 }
 
-// One step of the online softmax: the tile's scores become weights, and the queries' tops and sums are brought up to date.
+// One step of the online softmax: the tile's scores become weights, and the queries' tops and sums follow.
 INLINE void soften(Tile& tile, Block& block, int row, const float* k_scales, int keys) {
     const __m512 before = _mm512_loadu_ps(block.top + row);
     for (int r = 0; r < ROWS; ++r) {
@@ -526,7 +528,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
          int threads, uint8_t* flags) {
     const Packed packed(shape);
     if (!packed.memory) return false;
-    const int64_t kv_heads = shape.batch * shape.kv_heads, group = shape.group();
+    const int64_t kv_heads = shape.batch * shape.kv_heads, group = shape.group(), k_blocks = shape.k_blocks();
     const auto pack_block = [&](int64_t head, int64_t block) { pack(packed, k, v, head, block * K_BLOCK); };
     const auto attend_block = [&](int64_t head, int64_t block, int64_t size) {
         const int64_t first = block * size;
@@ -538,21 +540,21 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     // Where each thread gets as many whole heads as the others, it needs to wait for none of them.
     const bool whole_heads = kv_heads % threads == 0 || kv_heads >= 8 * threads;
     const int64_t size = block_size(shape, whole_heads ? 1 : 4 * threads), blocks = ceil_div(shape.q_len, size);
-    // Waking the other threads takes microseconds, in which one multiplies some hundred thousand numbers.
-    const bool parallel = double(kv_heads) * group * shape.q_len * shape.kv_len * shape.dim > 1e6;
+    // Waking the other threads takes microseconds: no less than this one needs for some hundred thousand products.
+    const bool parallel = double(kv_heads) * group * shape.q_len * shape.kv_len * shape.dim > 2e5;
 #pragma omp parallel num_threads(threads) if (parallel)
     if (whole_heads) {
 #pragma omp for schedule(dynamic)
         for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
             find_mean(packed, k, kv_head);
-            for (int64_t block = 0; block < shape.k_blocks(); ++block) pack_block(kv_head, block);
+            for (int64_t block = 0; block < k_blocks; ++block) pack_block(kv_head, block);
             for (int64_t i = 0; i < group * blocks; ++i) attend_block(kv_head * group + i / blocks, i % blocks, size);
         }
     } else {
 #pragma omp for schedule(dynamic)
         for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) find_mean(packed, k, kv_head);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < kv_heads * shape.k_blocks(); ++i) pack_block(i / shape.k_blocks(), i % shape.k_blocks());
+        for (int64_t i = 0; i < kv_heads * k_blocks; ++i) pack_block(i / k_blocks, i % k_blocks);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < kv_heads * group * blocks; ++i) { // the longest causal rows first
             attend_block(i / blocks, blocks - 1 - i % blocks, size);
@@ -561,19 +563,27 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     return true;
 }
 
-template <class T>
-bool run_typed(const Shape& shape, void* q, void* k, void* v, void* out, const int64_t* strides, int threads, uint8_t* flags) {
-    const auto tensor = [&](void* data, int i) { return Tensor<T>{static_cast<T*>(data), strides + 4 * i}; };
-    return run(shape, tensor(q, 0), tensor(k, 1), tensor(v, 2), tensor(out, 3), threads, flags);
+struct Arguments { // of sagecompile_attention
+    void *q, *k, *v, *out;
+    const int64_t* strides;
+    int threads;
+    uint8_t* flags;
+};
+
+template <class T> bool run_typed(const Shape& shape, const Arguments& a) {
+    const auto tensor = [&](void* data, int i) { return Tensor<T>{static_cast<T*>(data), a.strides + 4 * i}; };
+    return run(shape, tensor(a.q, 0), tensor(a.k, 1), tensor(a.v, 2), tensor(a.out, 3), a.threads, a.flags);
 }
 
 } // namespace
 
-// sizes: batch, query heads, KV heads, query tokens, KV tokens, head_dim, whether causal, dtype (0 float32, 1 bfloat16,
-// 2 float16), threads; then the 4 strides of q, k, v and out in elements. flags: one byte for each batch and query head,
-// zero on entry; set for those that are left to the caller. Returns 0, or 1 if there is no memory.
-extern "C" __attribute__((visibility("default"))) int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale, uint8_t* flags) {
-    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], int(sizes[5]), int(sizes[6]), scale};
+// sizes: batch, query heads, query tokens, head_dim, KV heads, KV tokens, whether causal, dtype (0 float32, 1 bfloat16,
+// 2 float16), threads; then the 4 strides of q, k, v and out in elements. flags: one byte for each batch and query
+// head, zero on entry; set for those that are left to the caller. Returns 0, or 1 if there is no memory.
+extern "C" int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale,
+                                     uint8_t* flags) {
+    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], sizes[5], int(sizes[3]), int(sizes[6]), scale};
+    const Arguments arguments{q, k, v, out, sizes + 9, int(sizes[8]), flags};
     const auto typed = sizes[7] == 0 ? run_typed<float> : sizes[7] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
-    return typed(shape, q, k, v, out, sizes + 9, int(sizes[8]), flags) ? 0 : 1;
+    return typed(shape, arguments) ? 0 : 1;
 }

@@ -13,7 +13,6 @@ import os
 import platform
 import subprocess
 import tempfile
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma")
 USED_WHERE_THERE = ("avx512_bf16",)
 """Without it PV is computed in float32."""
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 
 
 def features() -> frozenset[str]:
@@ -77,7 +76,7 @@ def _library(command: list[str]) -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    logger.info("building the CPU attention kernel with %s, once and in seconds: %s", command[0], library)
     # Built beside its place and then renamed, so that no process ever sees half a library.
     with tempfile.TemporaryDirectory(dir=library.parent) as beside:
         built = Path(beside, library.name)
@@ -85,5 +84,4 @@ def _library(command: list[str]) -> Path:
         if result.returncode != 0:
             raise UnsupportedError(f"{' '.join(command)} failed: {result.stderr.strip()[-2000:]}")
         built.replace(library)
-    logger.info("built the CPU attention kernel in %.1f s: %s", time.perf_counter() - start, library)
     return library
