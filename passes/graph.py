@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 IN_PLACE_OPERATORS = frozenset(
     (
@@ -55,6 +56,11 @@ def name_of(target: Any) -> str:
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
+def bare_name(node: fx.Node) -> str:
+    """`eq` for the operator `eq` and, in other versions of Dynamo, `Tensor.__eq__`; `and` for `and_`."""
+    return name_of(node.target).strip("_")
+
+
 def calls(node: Any, *names: str) -> bool:
     """Whether the node calls torch's function, operator or method of one of these names, in whatever namespace."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
@@ -71,8 +77,19 @@ def _is_torchs(target: Any) -> bool:
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    """An argument by position or by name; a float that Dynamo made symbolic as the number it is."""
+    found = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    return float(value(found)) if _is_symbolic_input(value(found)) else found
+
+
+def _is_symbolic_input(found: Any) -> bool:
+    """Under `dynamic=True` Dynamo makes a symbol of every float that a module keeps, such as the scale of its attention.
+
+    Reading such a one adds a guard on that float; one computed from sizes stays symbolic, as it would fix them.
+    """
+    if not isinstance(found, torch.SymFloat):
+        return False
+    return all(symbol_is_type(symbol, SymT.FLOAT) for symbol in found.node.expr.free_symbols)
 
 
 def mutates(node: fx.Node) -> bool:

@@ -1,19 +1,22 @@
 """Recognise a mask that the graph itself computes, from positions alone, as causal or as masking nothing.
 
 In: a mask node. Out: CAUSAL, NOTHING_MASKED or None (unknown). Transformers builds causal masks out of `arange` in the
-graph; such a mask depends on no input, so it is computed once, at compile time, and compared. With symbolic lengths,
-or with a padding mask that is an input, nothing is assumed and the site is kept.
+graph: as a formula (positions.py) such a mask is known for every length. What has no formula, such as a mask filled in
+place, is computed once, at compile time, if all lengths are known. A padding mask that is an input is never known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .graph import calls, mutates, storage, tensor, written
+from .formula import Affine, Split, agree, index, known
+from .graph import bare_name, calls, mutates, name_of, storage, tensor, written
+from .positions import formulas
 
 CAUSAL = "causal"
 NOTHING_MASKED = "nothing masked"
@@ -23,11 +26,10 @@ MAX_ELEMENTS = 1 << 28
 
 PURE = frozenset(
     (
-        "__and__ __or__ add and and_ arange bitwise_and bitwise_not bitwise_or bool clone contiguous cumsum "
-        "detach diff div eq expand expand_as finfo float full full_like ge getitem gt invert le logical_and "
-        "logical_not logical_or lt masked_fill mul ne neg new_full new_ones new_zeros not_ ones ones_like or_ "
-        "permute reshape rsub scalar_tensor size squeeze sub tensor to transpose tril triu truediv type "
-        "type_as unsqueeze view where zeros zeros_like"
+        "add and arange bitwise_and bitwise_not bitwise_or bool clone contiguous cumsum detach diff div eq expand "
+        "expand_as finfo float full full_like ge getitem gt invert le logical_and logical_not logical_or lt "
+        "masked_fill mul ne neg new_full new_ones new_zeros not ones ones_like or permute reshape rsub scalar_tensor "
+        "size squeeze sub tensor to transpose tril triu truediv type type_as unsqueeze view where zeros zeros_like"
     ).split()
 )
 """Calls whose result depends on their arguments alone."""
@@ -48,28 +50,66 @@ def recognise(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = Fals
 
     A boolean mask marks what takes part, unless `true_means_masked`; a float mask is added to the scores.
     """
-    if not (isinstance(q_len, int) and isinstance(kv_len, int) and isinstance(node, fx.Node)):
+    found = tensor(node)
+    if found is None or found.dim() < 2:
         return None
     seen = node.meta.setdefault("sagecompile_mask", {})  # all layers ask about the same mask
-    key = (q_len, kv_len, true_means_masked)
+    key = (str(q_len), str(kv_len), true_means_masked)
     if key not in seen:
-        seen[key] = _recognise(node, *key)
+        wanted = (q_len, kv_len)
+        fits = all(known(have == 1) or known(have == want) for have, want in zip(found.shape[-2:], wanted, strict=True))
+        seen[key] = (
+            (_proved(node, wanted, true_means_masked) or _computed(node, wanted, true_means_masked)) if fits else None
+        )
     return seen[key]  # type: ignore[no-any-return]
 
 
-def _recognise(node: fx.Node, q_len: int, kv_len: int, true_means_masked: bool) -> str | None:
+def _proved(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> str | None:
+    """From the formula of the mask, whatever the lengths."""
+    found, read = tensor(node), formulas(node)
+    formula = read.get(node)
+    if found is None or formula is None or not _unchanged(read):
+        return None
+    parts = (formula.then, formula.other) if isinstance(formula, Split) else (formula,)
+    allowed = [_takes_part(part, found.dtype, true_means_masked) for part in parts]
+    if None in allowed or not any(allowed):
+        return None
+    if all(allowed):
+        return NOTHING_MASKED
+    assert isinstance(formula, Split)
+    below = formula.below if allowed[0] else formula.below.negated()
+    query, key = (index(found.dim() - back, found.dim(), 0 if known(found.shape[-back] == 1) else 1) for back in (2, 1))
+    return CAUSAL if _same_shape(found, wanted) and agree(below, key - query) else None
+
+
+def _takes_part(part: Affine, dtype: torch.dtype, true_means_masked: bool) -> bool | None:
+    value = part.constant
+    if any(part.steps) or not isinstance(value, (int, float)):
+        return None
+    if dtype == torch.bool:
+        return bool(value) != true_means_masked
+    masked = dtype.is_floating_point and value <= masking_threshold(dtype)
+    return True if dtype.is_floating_point and value == 0 else False if masked else None
+
+
+def _same_shape(mask: torch.Tensor, wanted: tuple[Any, Any]) -> bool:
+    """Not broadcast along the queries or the keys."""
+    return all(known(have == want) for have, want in zip(mask.shape[-2:], wanted, strict=True))
+
+
+def _computed(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> str | None:
+    """From its value: what changes in place, or is no formula, with lengths that are known."""
     mask = constant(node)
-    if mask is None or mask.dim() < 2 or mask.numel() == 0:
+    if mask is None or mask.numel() == 0:
         return None
     allowed = _allowed(mask, true_means_masked)
-    if allowed is None or any(
-        have not in (1, want) for have, want in zip(mask.shape[-2:], (q_len, kv_len), strict=True)
-    ):
+    if allowed is None:
         return None
     if bool(allowed.all()):
         return NOTHING_MASKED
-    causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=mask.device).tril()
-    return CAUSAL if allowed.shape[-2:] == causal.shape and bool((allowed == causal).all()) else None
+    if not _same_shape(mask, wanted):
+        return None
+    return CAUSAL if torch.equal(allowed, allowed.new_ones(allowed.shape).tril()) else None
 
 
 def _allowed(mask: torch.Tensor, true_means_masked: bool) -> torch.Tensor | None:
@@ -115,17 +155,21 @@ def _subgraph(node: Any) -> list[fx.Node] | None:
             continue
         found = tensor(item)
         too_large = found is not None and not (_static(found) and found.numel() <= MAX_ELEMENTS)
-        pure = calls(item, *PURE) and not mutates(item)
+        pure = bare_name(item) in PURE and calls(item, name_of(item.target)) and not mutates(item)
         if not (pure or calls(item, *PURE_BUT_IN_PLACE)) or too_large:
             return None
         needed.add(item)
         waiting.extend(item.all_input_nodes)
+    return [item for item in node.graph.nodes if item in needed] if _unchanged(needed) else None
+
+
+def _unchanged(needed: Collection[fx.Node]) -> bool:
+    """Whether no other call of the graph writes to one of these tensors."""
+    graph = next(iter(needed)).graph
     memory = {storage(found) for found in map(tensor, needed) if found is not None}
-    others = [item for item in node.graph.nodes if mutates(item) and item not in needed]
+    others = [item for item in graph.nodes if mutates(item) and item not in needed]
     changed = {storage(found) for item in others for found in written(item)}
-    if None in memory or memory & changed:
-        return None
-    return [item for item in node.graph.nodes if item in needed]
+    return None not in memory and not memory & changed
 
 
 def _static(found: torch.Tensor) -> bool:

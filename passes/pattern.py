@@ -103,12 +103,19 @@ def shape_obstacle(q: Operand, k: Operand, v: Operand) -> str | None:
     ranks = [len(operand.order) for operand in (q, k, v)]
     if max(ranks) > 4 or len(set(ranks)) != 1:
         return f"{max(ranks)} dims: needs (batch, heads, tokens, head_dim), or fewer, on q, k and v alike"
-    batches = [str(operand.shape[0]) for operand in (q, k, v)]
-    if len(set(batches)) != 1:
-        return f"batch {' and '.join(dict.fromkeys(batches))}: needs the same on q, k and v"
-    if str(k.shape[2]) != str(v.shape[2]) or str(k.shape[1]) != str(v.shape[1]):
+    batches = [operand.shape[0] for operand in (q, k, v)]
+    if not all(_equal(batches[0], size) for size in batches):
+        return f"batch {' and '.join(dict.fromkeys(map(str, batches)))}: needs the same on q, k and v"
+    if not (_equal(k.shape[2], v.shape[2]) and _equal(k.shape[1], v.shape[1])):
         return f"k and v of {k.shape[1]}x{k.shape[2]} and {v.shape[1]}x{v.shape[2]}: needs equal heads and tokens"
     heads, kv_heads = q.shape[1], k.shape[1]
     if str(heads) != str(kv_heads) and heads % kv_heads != 0:
         return f"heads {heads} on {kv_heads}: needs a multiple"
     return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same: as written, or else by comparing them, which makes that a guard."""
+    if str(a) == str(b):
+        return True
+    return not (free_unbacked_symbols(a) or free_unbacked_symbols(b)) and bool(a == b)

@@ -1,434 +1,293 @@
-"""Read a tensor that is made of positions as a formula over its own indices, true for every length at once.
+"""Which calls make a tensor out of positions, and what formula each has: `arange`, `<=`, views, gathers, `where`...
 
-In: a node. Out: an Affine such as `i1 - i0 + 3`, a Split such as `0 where i1 - i0 <= 0, else -inf`, or None (unknown).
-Nothing is computed and no guard is added: a comparison is decided only where the known ranges of the sizes prove it.
+In: a node. Out: the formula of its value (see formula.py), and of all that it was read from; None for what is unknown.
+Shapes are taken from the example values, so that `view`, `expand` or `repeat` need no reading of their arguments.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
-from .graph import argument, calls, mutates, name_of, tensor, value
-
-LARGEST = 1 << 31
-"""Constants are below it, so that no sum of a few overflows."""
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """`constant + sum of step * index`, one step for each dim; integers, unless there are no steps."""
-
-    constant: Any
-    """An int, a size (SymInt) or, in a floating tensor, a float. Compare it with `known` only: else it adds guards."""
-    steps: tuple[int, ...]
-
-    def __add__(self, other: Affine) -> Affine:
-        return Affine(self.constant + other.constant, tuple(map(operator.add, self.steps, other.steps)))
-
-    def __sub__(self, other: Affine) -> Affine:
-        return self + other.times(-1)
-
-    def plus(self, number: Any) -> Affine:
-        return Affine(self.constant + number, self.steps)
-
-    def times(self, factor: Any) -> Affine:
-        return Affine(self.constant * factor, tuple(step * factor for step in self.steps))
-
-    def negated(self) -> Affine:
-        """`not (a <= 0)` is `1 - a <= 0`."""
-        return self.times(-1).plus(1)
-
-    def at(self, indices: Sequence[Affine], rank: int) -> Affine:
-        """The formula with another one in place of each index."""
-        total = number(self.constant, rank)
-        for step, index in zip(self.steps, indices, strict=True):
-            total = total + index.times(step) if step else total
-        return total
+from .formula import (
+    Affine,
+    Formula,
+    Shape,
+    agree,
+    at_most,
+    branches,
+    choice,
+    constant,
+    equal,
+    index,
+    inverse,
+    known,
+    never_positive,
+    product,
+    select,
+    settle,
+)
+from .graph import argument, bare_name, calls, mutates, name_of, tensor, value
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """`then` where `below <= 0`, else `other`. A boolean tensor holds 1 and 0."""
-
-    below: Affine
-    then: Affine
-    other: Affine
-
-    def at(self, indices: Sequence[Affine], rank: int) -> Split:
-        return Split(*(part.at(indices, rank) for part in (self.below, self.then, self.other)))
-
-
-Formula = Affine | Split
-Shape = Sequence[Any]
-
-
-def number(constant: Any, rank: int) -> Affine:
-    return Affine(constant, (0,) * rank)
-
-
-def index(dim: int, rank: int, step: int = 1, start: Any = 0) -> Affine:
-    """`start + step * i_dim`."""
-    return Affine(start, tuple(step if d == dim else 0 for d in range(rank)))
-
-
-def formulas(node: fx.Node) -> dict[fx.Node, Formula | None]:
-    """The formula of the node, and those of all that it was read from."""
+def formulas(node: fx.Node) -> dict[fx.Node, Formula]:
+    """The formula of the node, and those of all that it was read from, as far as they are known."""
     found: dict[fx.Node, Formula | None] = {}
     waiting = [node]
     while waiting:
         item = waiting[-1]
-        rule = RULES.get(name_of(item.target)) if tensor(item) is not None else None
-        if rule is None or not calls(item, name_of(item.target)) or mutates(item):
-            found[item] = None
-        missing = [source for source in item.all_input_nodes if source not in found] if item not in found else []
-        if missing:
+        rule, result = RULES.get(bare_name(item)), tensor(item)
+        readable = rule is not None and result is not None and calls(item, name_of(item.target)) and not mutates(item)
+        missing = [source for source in item.all_input_nodes if source not in found] if readable else []
+        if missing and item not in found:
             waiting.extend(missing)
             continue
         if item not in found:
-            assert rule is not None
-            found[item] = _settled(rule(_Call(item, found)), tensor(item))
+            found[item] = settle(rule(Call(item, found)), result) if readable else None  # type: ignore[misc, arg-type]
         waiting.pop()
-    return found
-
-
-# What is proved, for all indices of a shape and all sizes that its symbols admit.
-
-
-def agree(a: Any, b: Any) -> bool:
-    both = isinstance(a, Affine) and isinstance(b, Affine)
-    return both and a.steps == b.steps and known(a.constant == b.constant)
-
-
-def _never_positive(a: Affine, shape: Shape) -> bool:
-    largest = a.constant
-    for step, size in zip(a.steps, shape, strict=True):
-        largest = largest + step * (size - 1) if step > 0 else largest
-    return known(largest <= 0)
-
-
-def _implies(a: Affine, b: Affine, shape: Shape) -> bool:
-    """`a <= 0` only where `b <= 0`: certain if b is nowhere larger than a."""
-    return _never_positive(b - a, shape)
-
-
-def _restricted(formula: Formula, below: Affine, shape: Shape) -> Formula:
-    """What is left of a formula where `below <= 0`."""
-    if isinstance(formula, Split):
-        if _implies(below, formula.below, shape):
-            return formula.then
-        if _implies(below, formula.below.negated(), shape):
-            return formula.other
-    return formula
-
-
-def _select(below: Affine, then: Formula | None, other: Formula | None, shape: Shape) -> Formula | None:
-    """`then` where `below <= 0`, else `other`, if one Split can say it."""
-    if then is None or other is None:
-        return None
-    above = below.negated()
-    if _never_positive(below, shape) or agree(_restricted(then, above, shape), other):
-        return then
-    if _never_positive(above, shape) or agree(_restricted(other, below, shape), then):
-        return other
-    then, other = _restricted(then, below, shape), _restricted(other, above, shape)
-    return Split(below, then, other) if isinstance(then, Affine) and isinstance(other, Affine) else None
-
-
-def _settled(formula: Formula | None, found: torch.Tensor | None) -> Formula | None:
-    """The formula in its simplest form, or None where the tensor's dtype cannot hold it exactly."""
-    if formula is None or found is None:
-        return None
-    ones = [0 if known(size == 1) else 1 for size in found.shape]
-    if isinstance(formula, Split):
-        below = _without_ones(formula.below, ones)
-        then, other = (_settled(part, found) for part in (formula.then, formula.other))
-        return _select(below, then, other, found.shape)
-    formula = _without_ones(formula, ones)
-    steps, constant = any(formula.steps), formula.constant
-    if found.dtype in (torch.int32, torch.int64):
-        fits = isinstance(constant, torch.SymInt) or (isinstance(constant, int) and abs(constant) < LARGEST)
-    elif found.dtype == torch.bool:
-        fits = not steps and isinstance(constant, int) and constant in (0, 1)
-    else:
-        fits = not steps and isinstance(constant, (int, float)) and found.dtype.is_floating_point
-    return formula if fits else None
-
-
-def _without_ones(a: Affine, ones: list[int]) -> Affine:
-    return Affine(a.constant, tuple(map(operator.mul, a.steps, ones)))
-
-
-# The calls that have a formula if their arguments have one.
+    return {item: formula for item, formula in found.items() if formula is not None}
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A call, with the formulas of what it is given."""
 
     node: fx.Node
     found: dict[fx.Node, Formula | None]
 
     @property
+    def result(self) -> torch.Tensor:
+        found = tensor(self.node)
+        assert found is not None
+        return found
+
+    @property
     def shape(self) -> Shape:
-        result = tensor(self.node)
-        assert result is not None
-        return result.shape
+        return self.result.shape
 
     @property
     def rank(self) -> int:
         return len(self.shape)
 
     def given(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument that is no tensor."""
         return value(argument(self.node, position, name, default))
 
     def read(self, item: Any) -> Formula | None:
         """The formula of an argument: a tensor, or a number."""
-        if tensor(item) is not None:
-            return self.found.get(item)
+        if isinstance(item, fx.Node) and tensor(item) is not None:
+            return self.found[item]
         item = value(item)
-        if isinstance(item, (bool, int, float, torch.SymInt)):
-            return number(int(item) if isinstance(item, bool) else item, 0)
+        if isinstance(item, (int, float, torch.SymInt)):
+            return constant(int(item) if isinstance(item, bool) else item, 0)
         return None
 
     def operand(self, item: Any) -> Formula | None:
         """The formula of an argument that is broadcast to the shape of the result."""
         formula, source = self.read(item), tensor(item)
-        indices = _broadcast(source.shape if source is not None else (), self.shape, 0, self.rank)
+        indices = broadcast(source.shape if source is not None else (), self.shape, 0, self.rank)
         return None if formula is None or indices is None else formula.at(indices, self.rank)
 
 
-def _broadcast(have: Shape, want: Shape, first: int, rank: int) -> list[Affine] | None:
-    """Indices of a tensor of shape `have` that is broadcast to `want`: the dims from `first` on, of `rank`."""
+Rule = Callable[[Call], Formula | None]
+
+
+def broadcast(have: Shape, want: Shape, first: int, rank: int) -> list[Affine] | None:
+    """The indices of a tensor that is broadcast to the sizes `want`, which are the dims from `first` on, of `rank`."""
+    added = len(want) - len(have)
     indices = []
-    skipped = len(want) - len(have)
     for dim, size in enumerate(have):
         if known(size == 1):
-            indices.append(number(0, rank))
-        elif skipped >= 0 and known(size == want[skipped + dim]):
-            indices.append(index(first + skipped + dim, rank))
+            indices.append(constant(0, rank))
+        elif added >= 0 and known(size == want[added + dim]):
+            indices.append(index(first + added + dim, rank))
         else:
             return None
     return indices
 
 
-def _elementwise(function: Callable[..., Formula | None], names: Sequence[str]) -> Callable[[_Call], Formula | None]:
-    """A rule that applies `function(shape, *operands)` to every combination of the branches of its operands."""
-
-    def rule(call: _Call) -> Formula | None:
-        known_arguments = len(call.node.args) <= len(names) and set(call.node.kwargs) <= set(names)
-        if not known_arguments:  # alpha, rounding_mode
+def _elementwise(function: Callable[..., Formula | None], names: tuple[str, ...] = ("input", "other")) -> Rule:
+    def rule(call: Call) -> Formula | None:
+        if len(call.node.args) > len(names) or not set(call.node.kwargs) <= set(names):  # alpha
             return None
-        return _branches(function, [call.operand(argument(call.node, *item)) for item in enumerate(names)], call.shape)
+        operands = [call.operand(argument(call.node, i, name)) for i, name in enumerate(names)]
+        return branches(function, operands, call.shape)
 
     return rule
 
 
-def _branches(function: Callable[..., Formula | None], operands: list[Any], shape: Shape) -> Formula | None:
-    if None in operands:
+def _of_booleans(rule: Rule) -> Rule:
+    """`~` and `&` of integers work on their bits."""
+    return lambda call: rule(call) if call.result.dtype == torch.bool else None
+
+
+def _filled(given: Any = None, position: int = 0, name: str = "") -> Rule:
+    """One number everywhere: a given one, or an argument."""
+    return lambda call: call.operand(call.given(position, name) if given is None else given)
+
+
+def _arange(call: Call) -> Formula | None:
+    bounds = [*call.node.args, *(name for name in ("start", "end", "step") if name in call.node.kwargs)]
+    start, step = (0, 1) if len(bounds) == 1 else (call.given(0, "start", 0), call.given(2, "step", 1))
+    if not isinstance(step, int) or not isinstance(start, (int, torch.SymInt)):
         return None
-    for i, operand in enumerate(operands):
-        if isinstance(operand, Split):
-            then, other = (
-                _branches(function, [*operands[:i], part, *operands[i + 1 :]], shape)
-                for part in (operand.then, operand.other)
-            )
-            return _select(operand.below, then, other, shape)
-    return function(shape, *operands)
+    return index(0, 1, step).plus(start)
 
 
-def _product(shape: Shape, a: Affine, b: Affine) -> Affine | None:
-    for factor, other in ((a, b), (b, a)):
-        if not any(factor.steps) and not (isinstance(factor.constant, torch.SymInt) and any(other.steps)):
-            return other.times(factor.constant)
-    return None
-
-
-def _at_most(shape: Shape, a: Affine, b: Affine, margin: int = 0) -> Formula | None:
-    """`a + margin <= b`, as 1 and 0."""
-    if isinstance(a.constant, float) or isinstance(b.constant, float):
-        return None
-    return _select((a - b).plus(margin), number(1, len(shape)), number(0, len(shape)), shape)
-
-
-def _equal(shape: Shape, a: Affine, b: Affine) -> Formula | None:
-    if agree(a, b):
-        return number(1, len(shape))
-    sides = (_at_most(shape, a, b), _at_most(shape, b, a))
-    return number(0, len(shape)) if any(agree(side, number(0, len(shape))) for side in sides) else None
-
-
-def _not(shape: Shape, a: Affine) -> Formula | None:
-    return _equal(shape, a, number(0, len(shape)))
-
-
-def _and(shape: Shape, a: Affine, b: Affine) -> Formula | None:
-    return _choice(shape, a, b, a)
-
-
-def _or(shape: Shape, a: Affine, b: Affine) -> Formula | None:
-    return _choice(shape, a, a, b)
-
-
-def _choice(shape: Shape, condition: Affine, then: Affine, other: Affine) -> Formula | None:
-    """Of a condition that is one of the booleans 1 and 0."""
-    constant = condition.constant
-    return (then if constant else other) if isinstance(constant, int) and constant in (0, 1) else None
-
-
-def _where(call: _Call) -> Formula | None:
-    args = list(call.node.args)
-    if len(args) != 3 or call.node.kwargs:
-        return None
-    if call.node.op == "call_method":  # then.where(condition, other)
-        args[0], args[1] = args[1], args[0]
-    return _branches(_choice, [call.operand(item) for item in args], call.shape)
-
-
-def _masked_fill(call: _Call) -> Formula | None:
-    names = enumerate(("input", "mask", "value"))
-    source, mask, filled = (call.operand(argument(call.node, i, name)) for i, name in names)
-    return _branches(_choice, [mask, filled, source], call.shape)
-
-
-def _triangle(call: _Call) -> Formula | None:
-    """tril and triu: zero above, or below, a diagonal."""
-    source, diagonal = call.operand(argument(call.node, 0, "input")), call.given(1, "diagonal", 0)
-    row, column = (index(dim, call.rank) for dim in (call.rank - 2, call.rank - 1))
-    hidden = (column - row).plus(-diagonal).negated()  # in tril: where column - row > diagonal
-    if calls(call.node, "triu"):
-        hidden = (column - row).plus(1 - diagonal)
-    return _select(hidden, number(0, call.rank), source, call.shape)
-
-
-def _cast(call: _Call) -> Formula | None:
-    source, result = call.operand(argument(call.node, 0, "input")), tensor(call.node)
-    if result is not None and result.dtype == torch.bool:
-        negated = _branches(_not, [source], call.shape)
-        return _branches(_not, [negated], call.shape)
-    return source
-
-
-def _expand(call: _Call) -> Formula | None:
-    """Also `repeat`, where it repeats dims of size 1 only."""
+def _expand(call: Call) -> Formula | None:
+    """Also `repeat`, of dims of size 1."""
     return call.operand(argument(call.node, 0, "input"))
 
 
-def _reshape(call: _Call) -> Formula | None:
-    """Calls that keep the elements in their order, and every dim that is not 1."""
-    source = tensor(argument(call.node, 0, "input"))
-    formula = call.read(argument(call.node, 0, "input"))
+def _cast(call: Call) -> Formula | None:
+    source = _expand(call)
+    if call.result.dtype != torch.bool:
+        return source
+    return branches(inverse, [branches(inverse, [source], call.shape)], call.shape)
+
+
+def _reshape(call: Call) -> Formula | None:
+    """What keeps the elements in their order, and every dim but those of size 1."""
+    source, formula = tensor(argument(call.node, 0, "input")), call.read(argument(call.node, 0, "input"))
     if source is None or formula is None:
         return None
     old, new = ([d for d, size in enumerate(shape) if not known(size == 1)] for shape in (source.shape, call.shape))
     if len(old) != len(new) or not all(known(source.shape[a] == call.shape[b]) for a, b in zip(old, new, strict=True)):
         return None
-    moved = dict(zip(old, new, strict=True))
-    zero = number(0, call.rank)
-    return formula.at([index(moved[d], call.rank) if d in moved else zero for d in range(source.dim())], call.rank)
+    moved = {a: index(b, call.rank) for a, b in zip(old, new, strict=True)}
+    return formula.at([moved.get(dim, constant(0, call.rank)) for dim in range(source.dim())], call.rank)
 
 
-def _getitem(call: _Call) -> Formula | None:
-    """None, slices, integers and `...`; tensors of positions where they stand side by side."""
+def _getitem(call: Call) -> Formula | None:
+    """None, slices, numbers, `...`; and tensors that stand side by side, which give the index themselves."""
     source, formula = tensor(call.node.args[0]), call.read(call.node.args[0])
     items: Any = call.node.args[1]
     items = list(items) if isinstance(items, (tuple, list)) else [items]
     if source is None or formula is None:
         return None
-    missing = [slice(None)] * (source.dim() - sum(item is not None and item is not Ellipsis for item in items))
+    whole = [slice(None)] * (source.dim() - sum(item is not None and item is not Ellipsis for item in items))
     dots = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
-    items[dots : dots + 1] = missing
-    tensors = [i for i, item in enumerate(items) if tensor(item) is not None]
-    joined = max([len(tensor(items[i]).shape) for i in tensors], default=0)  # type: ignore[union-attr]
-    if tensors and (tensors[-1] - tensors[0] >= len(tensors) or any(type(value(item)) is int for item in items)):
-        return None
-    indices: list[Affine] = []
+    items[dots : dots + 1] = whole
+    gathered = [i for i, item in enumerate(items) if tensor(item) is not None]
+    joined = max([tensor(items[i]).dim() for i in gathered], default=0)  # type: ignore[union-attr]
+    indices: list[Affine | None] = []
     dim = 0  # of the result
     for i, item in enumerate(items):
-        if item is None:
+        if i in gathered:
+            indices.append(_gathered(call, item, dim, joined))
+            dim += joined if i == gathered[-1] else 0
+        elif gathered and (gathered[0] < i < gathered[-1] or not (item is None or isinstance(item, slice))):
+            return None
+        elif item is None:
             dim += 1
-            continue
-        size = source.shape[len(indices)]
-        if i in tensors:
-            at = _gathered(call, item, dim, joined)
-            dim += joined if i == tensors[-1] else 0
         elif isinstance(item, slice):
-            start, step = value(item.start), value(item.step)
-            at = _from_start(0 if start is None else start, size, call.rank)
-            at = at + index(dim, call.rank, 1 if step is None else step) if at is not None else None
+            step = 1 if item.step is None else value(item.step)
+            start = _counted(0 if item.start is None else value(item.start), source.shape[len(indices)], call.rank)
+            indices.append(start + index(dim, call.rank, step) if start is not None and isinstance(step, int) else None)
             dim += 1
         else:
-            at = _from_start(value(item), size, call.rank)
-        if at is None:
-            return None
-        indices.append(at)
-    return formula.at(indices, call.rank) if dim == call.rank else None
+            indices.append(_counted(value(item), source.shape[len(indices)], call.rank))
+    read = [at for at in indices if at is not None]
+    return formula.at(read, call.rank) if len(read) == source.dim() and dim == call.rank else None
 
 
-def _from_start(start: Any, size: Any, rank: int) -> Affine | None:
-    """A start that is not negative, or that counts from the end and does not pass the other one."""
-    if not isinstance(start, (int, torch.SymInt)):
+def _counted(start: Any, size: Any, rank: int) -> Affine | None:
+    """A position that is not negative, or one counted from the end that lies inside."""
+    if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
         return None
     if known(start >= 0):
-        return number(start, rank)
-    return number(start + size, rank) if known(start < 0) and known(start + size >= 0) else None
+        return constant(start, rank)
+    return constant(start + size, rank) if known(start < 0) and known(start + size >= 0) else None
 
 
-def _gathered(call: _Call, item: Any, first: int, joined: int) -> Affine | None:
-    """The index that a tensor gives: no booleans, and none that counts from the end."""
+def _gathered(call: Call, item: Any, first: int, joined: int) -> Affine | None:
+    """The index that a tensor gives: integers, none of them counted from the end."""
     positions, formula = tensor(item), call.read(item)
     if positions is None or positions.dtype not in (torch.int32, torch.int64) or not isinstance(formula, Affine):
         return None
-    indices = _broadcast(positions.shape, call.shape[first : first + joined], first, call.rank)
-    at = formula.at(indices, call.rank) if indices is not None else None
-    return at if at is not None and _never_positive(at.times(-1), call.shape) else None
+    indices = broadcast(positions.shape, call.shape[first : first + joined], first, call.rank)
+    at = None if indices is None else formula.at(indices, call.rank)
+    return at if at is not None and never_positive(at.times(-1), call.shape) else None
 
 
-def _arange(call: _Call) -> Formula | None:
-    node = call.node
-    if not set(node.kwargs) <= {"start", "end", "step", "device", "dtype", "requires_grad", "layout", "pin_memory"}:
+def _where(call: Call) -> Formula | None:
+    args = list(call.node.args)
+    if len(args) != 3 or call.node.kwargs:
         return None
-    from_zero = len(node.args) + ("end" in node.kwargs) + ("start" in node.kwargs) == 1
-    start, step = (0, 1) if from_zero else (call.given(0, "start", 0), call.given(2, "step", 1))
-    return index(0, 1, step, start) if isinstance(step, int) and isinstance(start, (int, torch.SymInt)) else None
+    if call.node.op == "call_method":  # then.where(condition, other)
+        args[0], args[1] = args[1], args[0]
+    return branches(choice, [call.operand(item) for item in args], call.shape)
 
 
-def _filled(constant: Any = None, position: int = 0, name: str = "") -> Callable[[_Call], Formula | None]:
-    """A rule for one number everywhere, given or an argument; whose shape and dtype it takes does not matter."""
-    return lambda call: call.operand(call.given(position, name) if constant is None else constant)
+def _masked_fill(call: Call) -> Formula | None:
+    names = enumerate(("input", "mask", "value"))
+    source, mask, filled = (call.operand(argument(call.node, i, name)) for i, name in names)
+    return branches(choice, [mask, filled, source], call.shape)
 
 
-def _diff(call: _Call) -> Formula | None:
-    """From each position to the next; the first from the one that is put in front."""
-    source, before = (argument(call.node, *item) for item in ((0, "input"), (3, "prepend")))
-    formula, ahead, in_front = call.read(source), call.read(before), tensor(before)
-    dim, more = call.given(2, "dim", -1), call.given(4, "append")
-    if not (isinstance(formula, Affine) and isinstance(ahead, Affine) and isinstance(dim, int)) or in_front is None:
+def _triangle(call: Call) -> Formula | None:
+    """Zero above the diagonal (tril), or below it (triu)."""
+    diagonal = call.given(1, "diagonal", 0)
+    if call.rank < 2 or not isinstance(diagonal, (int, torch.SymInt)):
         return None
-    if call.given(1, "n", 1) != 1 or more is not None or not known(in_front.shape[dim] == 1):
+    beyond = (index(call.rank - 1, call.rank) - index(call.rank - 2, call.rank)).plus(-diagonal)
+    hidden = beyond.negated() if calls(call.node, "tril") else beyond.plus(1)  # beyond > 0, beyond < 0
+    return select(hidden, constant(0, call.rank), _expand(call), call.shape)
+
+
+def _diff(call: Call) -> Formula | None:
+    """Each position minus the one before it, if the first has the same distance from what is put in front."""
+    source, front = call.node.args[0], argument(call.node, 3, "prepend")
+    formula, before, added, dim = call.read(source), call.read(front), tensor(front), call.given(2, "dim", -1)
+    plain = call.given(1, "n", 1) == 1 and call.given(4, "append") is None and isinstance(dim, int)
+    if not (plain and isinstance(formula, Affine) and isinstance(before, Affine) and added is not None):
         return None
-    slope = number(formula.steps[dim], call.rank)
-    start = formula.at([number(0, 1) if d == dim % call.rank else i for d, i in enumerate(_all(call.rank))], call.rank)
-    return slope if agree(start - ahead, slope) else None
+    slope = constant(formula.steps[dim], call.rank)
+    first = formula - index(dim % call.rank, call.rank, formula.steps[dim])
+    return slope if known(added.shape[dim] == 1) and agree(first - before, slope) else None
 
 
-def _cumsum(call: _Call) -> Formula | None:
-    formula, dim = call.read(argument(call.node, 0, "input")), call.given(1, "dim")
-    if not isinstance(formula, Affine) or any(formula.steps) or not isinstance(dim, int):
+def _cumsum(call: Call) -> Formula | None:
+    formula, dim = _expand(call), call.given(1, "dim")
+    if not isinstance(formula, Affine) or any(formula.steps) or not isinstance(dim, int) or not call.rank:
         return None
-    c = formula.constant
-    return index(dim % call.rank, call.rank, c, c) if isinstance(c, int) and call.rank else None
+    each = formula.constant
+    return index(dim % call.rank, call.rank, each).plus(each) if isinstance(each, int) else None
 
 
-def _all(rank: int) -> list[Affine]:
-    return [index(dim, rank) for dim in range(rank)]
-
-
-PAIR = ("input", "other")
-RULES: dict[str, Callable[[_Call], Formula | None]] = {}
+NAMES: dict[Rule, str] = {
+    _elementwise(lambda shape, a, b: a + b): "add radd",
+    _elementwise(lambda shape, a, b: a - b): "sub subtract",
+    _elementwise(lambda shape, a, b: b - a): "rsub",
+    _elementwise(lambda shape, a: a.times(-1), ("input",)): "neg negative",
+    _elementwise(product): "mul rmul multiply",
+    _elementwise(at_most): "le less_equal",
+    _elementwise(lambda shape, a, b: at_most(shape, a, b, 1)): "lt less",
+    _elementwise(lambda shape, a, b: at_most(shape, b, a)): "ge greater_equal",
+    _elementwise(lambda shape, a, b: at_most(shape, b, a, 1)): "gt greater",
+    _elementwise(equal): "eq",
+    _elementwise(lambda shape, a, b: branches(inverse, [equal(shape, a, b)], shape)): "ne not_equal",
+    _of_booleans(_elementwise(inverse, ("input",))): "invert not bitwise_not logical_not",
+    _of_booleans(_elementwise(lambda shape, a, b: choice(shape, a, b, a))): "and bitwise_and logical_and",
+    _of_booleans(_elementwise(lambda shape, a, b: choice(shape, a, a, b))): "or bitwise_or logical_or",
+    _filled(1): "ones ones_like new_ones",
+    _filled(0): "zeros zeros_like new_zeros",
+    _filled(None, 0, "data"): "tensor scalar_tensor",
+    _filled(None, 1, "fill_value"): "full full_like",
+    _filled(None, 2, "fill_value"): "new_full",
+    _arange: "arange",
+    _cast: "to bool int long float double half bfloat16 type type_as cpu cuda contiguous clone detach",
+    _expand: "expand expand_as broadcast_to repeat",
+    _reshape: "unsqueeze squeeze view reshape flatten unflatten view_as reshape_as",
+    _getitem: "getitem",
+    _where: "where",
+    _masked_fill: "masked_fill",
+    _triangle: "tril triu",
+    _diff: "diff",
+    _cumsum: "cumsum",
+}
+RULES = {name: rule for rule, names in NAMES.items() for name in names.split()}

@@ -76,6 +76,7 @@ PROVIDERS: dict[str, Provider] = {
     for row in (
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
+        Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",)),
         Provider("reference", "plain torch: the specification, not fast", ("cpu",), tuple(FORMATS)),
     )
 }

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cost": {"site"},
     "decide": {"cost", "formats", "settings", "site"},
     "report": {"decide", "site"},
-    "kernels": {"formats", "site"},
+    "kernels": {"errors", "formats", "site"},
     "ops": {"errors", "formats", "kernels"},
     "passes": {"decide", "ops", "report", "site"},
     "backend": {"decide", "dump", "kernels", "passes", "report", "settings", "site"},

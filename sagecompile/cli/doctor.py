@@ -53,7 +53,7 @@ def _examine_device(name: str) -> dict[str, Any]:
     rows = []
     for format in FORMATS.values():
         for provider in PROVIDERS.values():
-            if device.type in provider.devices:
+            if device.type in provider.devices and format.name in provider.formats:
                 reason = _why_not(name, format.name, provider.name)
                 rows.append({"format": format.name, "provider": provider.name, "works": reason is None, "why": reason})
     return {

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.formats import FORMATS
 from sagecompile.site import AttentionSite, Device
 
 from . import launcher
@@ -44,9 +44,9 @@ def _cpu_name() -> str:
 
 
 def version(provider: str) -> str | None:
-    """Of the package that a provider needs, None if it is not installed; our own plain torch has torch's."""
+    """Of the package that a provider needs, None if it is not installed; our own C++ and plain torch need torch."""
     try:
-        return metadata.version({"reference": "torch"}.get(provider, provider))
+        return metadata.version({"cpu": "torch", "reference": "torch"}.get(provider, provider))
     except metadata.PackageNotFoundError:
         return None
 
@@ -57,12 +57,20 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
         return None
     if version(provider) is None:
         return f"{provider} not installed: pip install {provider}"
-    if provider == "sageattention":
-        limit = _sageattention_limit(site, format, cuda_graphs)
-        if limit is not None:
-            return limit
+    limit = _limit(site, format, provider, cuda_graphs)
+    if limit is not None:
+        return limit
     padded = min((d for d in FORMATS[format].native_head_dims if d >= site.head_dim), default=0)
     return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
+
+
+def _limit(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
+    """What a provider says of itself, before any trial."""
+    if provider == "cpu":
+        from . import cpu
+
+        return cpu.why_not()
+    return _sageattention_limit(site, format, cuda_graphs) if provider == "sageattention" else None
 
 
 def _sageattention_limit(site: AttentionSite, format: str, cuda_graphs: bool) -> str | None:
@@ -124,8 +132,3 @@ def _trial_error(provider: str, format: str, where: torch.device, head_dim: int,
     launcher(provider)(q, k, v, out, scale=head_dim**-0.5, is_causal=is_causal, format=format)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
     return float((out.float() - expected).norm() / expected.norm())
-
-
-def summary() -> list[tuple[str, str, str]]:
-    """(provider, version or state, what it is), for `sagecompile doctor`."""
-    return [(row.name, version(row.name) or "not installed", row.summary) for row in PROVIDERS.values()]

@@ -190,10 +190,10 @@ def test_second_length_makes_it_dynamic(name, implementation, device):
 
 @pytest.mark.parametrize(("name", "implementation"), few("llama", "gpt2", "bert"))
 def test_everything_dynamic(name, implementation, device):
-    """`dynamic=True` also makes the module's float attribute `scaling` an input."""
+    """`dynamic=True` also makes a symbol of the module's float attribute `scaling`, which is read as its number."""
     model, calls = zoo.build(name, implementation).to(device), [text(device), text(device, length=SHORTER)]
     report, error = run(model, *calls, dynamic=True)
-    assert_sites(report, all_sites(name, "scale computed" if implementation == "sdpa" else "mul on the scores"))
+    assert_sites(report, all_sites(name, dynamic_because(name, implementation, use_cache=True)))
     assert error <= TOLERANCE[ACCURATE]
 
 

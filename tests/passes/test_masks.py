@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_kept, assert_used, rewritten
+from support import ACCURATE, TOLERANCE, Rewriter, assert_kept, assert_used, relative_error, rewritten
 from torch import Tensor
 
 N, INF = 24, float("-inf")
@@ -111,7 +111,7 @@ def test_a_random_mask_is_kept() -> None:
 
 def test_a_mask_that_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sagecompile.passes.masks.MAX_ELEMENTS", N * N - 1)
-    assert_kept(attend(CAUSAL["tril of ones"]), *qkv(), because="mask bool (24, 24)")
+    assert_kept(attend(fill_in_place), *qkv(), because="mask float32 (24, 24)")
 
 
 def test_bottom_right_alignment_is_not_top_left() -> None:
@@ -137,8 +137,40 @@ def test_a_causal_mask_with_the_padding_of_an_input_is_kept() -> None:
     assert_kept(padded, *qkv(), torch.arange(N).expand(2, N) < 20, because="mask bool (2, 1, 24, 24)")
 
 
-def test_symbolic_lengths_assume_nothing() -> None:
-    assert_kept(attend(CAUSAL["tril of ones"]), *qkv(), because="mask bool (s", dynamic=True)
+def test_a_formula_has_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed for what positions.py can read."""
+    monkeypatch.setattr("sagecompile.passes.masks.MAX_ELEMENTS", 0)
+    assert_used(attend(CAUSAL["tril of ones"]), *qkv())
+
+
+WITHOUT_A_FORMULA = ("masked_fill in place",)
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in WITHOUT_A_FORMULA])
+def test_symbolic_lengths(name: str) -> None:
+    if name == "a window wider than the sequence":  # not than every sequence
+        assert_kept(attend(CAUSAL[name]), *qkv(), because="mask bool (s", dynamic=True)
+    else:
+        assert assert_used(attend(CAUSAL[name]), *qkv(), dynamic=True).report.used[0].site.is_causal
+
+
+@pytest.mark.parametrize("name", NOTHING_MASKED)
+def test_symbolic_lengths_and_nothing_masked(name: str) -> None:
+    assert not assert_used(attend(NOTHING_MASKED[name]), *qkv(), dynamic=True).report.used[0].site.is_causal
+
+
+@pytest.mark.parametrize("name", [*LOOKALIKES, *WITHOUT_A_FORMULA])
+def test_symbolic_lengths_assume_nothing(name: str) -> None:
+    assert_kept(attend({**LOOKALIKES, **CAUSAL}[name]), *qkv(), because="mask ", dynamic=True)
+
+
+def test_one_graph_for_all_lengths() -> None:
+    backend, fn = Rewriter(), attend(CAUSAL["compared positions"])
+    compiled = torch.compile(fn, backend=backend, dynamic=True)
+    for n in (N, 9, 63):
+        inputs = qkv(n, n)
+        assert relative_error(compiled(*inputs), fn(*inputs)) <= TOLERANCE[ACCURATE]
+    assert len(backend.report.used) == 1
 
 
 def test_a_change_of_the_scores_does_not_hide_the_mask() -> None:
@@ -153,9 +185,9 @@ def test_a_change_of_the_scores_does_not_hide_the_mask() -> None:
 def test_forty_layers_compute_their_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sagecompile.passes import masks
 
-    computed = []
-    original = masks.constant
-    monkeypatch.setattr(masks, "constant", lambda node: computed.append(node) or original(node))
+    read = []
+    original = masks.formulas
+    monkeypatch.setattr(masks, "formulas", lambda node: read.append(node) or original(node))
 
     def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(N, N, dtype=torch.bool).tril()
@@ -164,4 +196,4 @@ def test_forty_layers_compute_their_mask_once(monkeypatch: pytest.MonkeyPatch) -
         return q
 
     assert_used(layers, *qkv(), sites=40)
-    assert len(computed) == 1
+    assert len(read) == 1
