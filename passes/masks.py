@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .formula import Affine, Split, agree, index, known
+from .formula import Affine, Split, agree, index
 from .graph import bare_name, calls, mutates, name_of, storage, tensor, written
 from .positions import formulas
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from .formula import (
     Affine,
@@ -25,7 +26,6 @@ from .formula import (
     equal,
     index,
     inverse,
-    known,
     never_positive,
     product,
     select,

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=None, help="default: 2048 / head_dim on a GPU, 8 on a CPU")
     parser.add_argument("--tokens", type=int, default=None, help="in all; default 16384 on a GPU, 1 sequence on a CPU")
     parser.add_argument("--dtypes", type=_names, default=["bfloat16"], help="of float16, bfloat16, float32")
+    parser.add_argument(
+        "--reference", action="store_true", help="time the plain-torch reference as well, which is slow"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON as well")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write what `policy=auto` reads for this device")
 
@@ -97,7 +100,8 @@ def _measure(
         is_causal=is_causal,
     )
     for provider in PROVIDERS.values():
-        for format in provider.formats if q.device.type in provider.devices else ():
+        offered = q.device.type in provider.devices and (arguments.reference or provider.name != "reference")
+        for format in provider.formats if offered else ():
             if available.refusal(site, format, provider.name, cuda_graphs=False) is None:
                 calls[f"{format} {provider.name}"] = lambda f=format, p=provider.name: attention(
                     q, k, v, scale=None, is_causal=is_causal, format=f, provider=p, tokens_first=False

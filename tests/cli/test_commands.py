@@ -107,7 +107,7 @@ def test_doctor(capsys):
 
 def test_bench_prints_ratio_beside_error_and_json_last(capsys, folder):
     arguments = ["bench", "attention", "--device", "cpu", "--lengths", "32", "--head-dims", "64", "--heads", "2"]
-    assert main([*arguments, "--json", "rows.json", "--profile", "profile.json"]) == 0
+    assert main([*arguments, "--reference", "--json", "rows.json", "--profile", "profile.json"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = json.loads((folder / "rows.json").read_text())["rows"]
     assert last["rows"] == len(rows) and {"sdpa", "qk_int8_pv_fp16 reference"} <= {row["what"] for row in rows}
