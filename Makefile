@@ -20,7 +20,7 @@ demo: setup
 	$(PYTHON) examples/byte_lm/demo.py
 
 test: setup
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 # Types are checked on an installed copy, because passes/ is sagecompile.passes only once installed.
 lint: setup

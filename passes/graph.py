@@ -83,7 +83,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def _is_symbolic_input(found: Any) -> bool:
-    """Under `dynamic=True` Dynamo makes a symbol of every float that a module keeps, such as the scale of its attention.
+    """Under `dynamic=True` Dynamo makes a symbol of every float that a module keeps, such as its attention's scale.
 
     Reading such a one adds a guard on that float; one computed from sizes stays symbolic, as it would fix them.
     """

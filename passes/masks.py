@@ -52,16 +52,15 @@ def recognise(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = Fals
     A boolean mask marks what takes part, unless `true_means_masked`; a float mask is added to the scores.
     """
     found = tensor(node)
-    if found is None or found.dim() < 2:
+    if not isinstance(node, fx.Node) or found is None or found.dim() < 2:
         return None
     seen = node.meta.setdefault("sagecompile_mask", {})  # all layers ask about the same mask
     key = (str(q_len), str(kv_len), true_means_masked)
     if key not in seen:
         wanted = (q_len, kv_len)
         fits = all(known(have == 1) or known(have == want) for have, want in zip(found.shape[-2:], wanted, strict=True))
-        seen[key] = (
-            (_proved(node, wanted, true_means_masked) or _computed(node, wanted, true_means_masked)) if fits else None
-        )
+        ways = (_proved, _computed) if fits else ()
+        seen[key] = next(filter(None, (way(node, wanted, true_means_masked) for way in ways)), None)
     return seen[key]  # type: ignore[no-any-return]
 
 
@@ -89,8 +88,9 @@ def _takes_part(part: Affine, dtype: torch.dtype, true_means_masked: bool) -> bo
         return None
     if dtype == torch.bool:
         return bool(value) != true_means_masked
-    masked = dtype.is_floating_point and value <= masking_threshold(dtype)
-    return True if dtype.is_floating_point and value == 0 else False if masked else None
+    if not dtype.is_floating_point:
+        return None
+    return True if value == 0 else False if value <= masking_threshold(dtype) else None
 
 
 def _same_shape(mask: torch.Tensor, wanted: tuple[Any, Any]) -> bool:

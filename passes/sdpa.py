@@ -11,7 +11,7 @@ from torch import fx
 from . import masks
 from .graph import Builder, argument, tensor
 from .operand import standard, undo_repeats
-from .pattern import Attend, Match, make_site, shape_obstacle, squeeze_to, tokens_first
+from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, squeeze_to, tokens_first
 
 
 def match_sdpa(node: fx.Node, live: set[fx.Node]) -> Match | None:
@@ -21,7 +21,7 @@ def match_sdpa(node: fx.Node, live: set[fx.Node]) -> Match | None:
     if out is None or any(tensor(item) is None for item in nodes):
         return None
     q, k, v = (standard(item) for item in nodes)
-    obstacle = shape_obstacle(q, k, v)
+    obstacle = shape_obstacle(q, k, v) or result_obstacle(out, q, v, tuple(range(out.dim())))
     k, v = undo_repeats(k, v, node)
     is_causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
     dropout_p = argument(node, 4, "dropout_p", 0.0)

@@ -17,7 +17,8 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from sagecompile import passes, report, settings
+import sagecompile.passes as passes
+from sagecompile import report, settings
 from sagecompile.decide import Decision, decide
 from sagecompile.dump import dump
 from sagecompile.kernels import available

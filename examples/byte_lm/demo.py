@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def main() -> int:
         say(f"   {name}: {bits[name]:.4f} bits per byte ({time.perf_counter() - start:.0f} s, compilation included)")
 
     say(f"\n3. Time for one block of {CONTEXT} bytes, interleaved medians:\n")
-    runs = {name: (lambda compiled=compiled: compiled(blocks[:1, :-1])) for name, compiled in ways.items()}
+    runs = {name: partial(compiled, blocks[:1, :-1]) for name, compiled in ways.items()}
     times = interleaved_median_us(runs, device, budget_s=10)
     base = "inductor"
     say(f"   {'':32} {'attention':10} {'bits/byte':>9} {'change':>8} {'ms':>8} {'speed':>7}")

@@ -16,7 +16,6 @@ from sagecompile.kernels import cpu
 from sagecompile.report import Report
 
 
-
 def provider(device: str, format: str) -> str:
     """Who runs the sites of a device under policy=always."""
     if device == "cuda":
@@ -41,8 +40,14 @@ def run(
 
 
 def assert_sites(report: Report, expected: dict[str, str]) -> None:
-    """Exactly these sites in this order, kept with a reason that starts so, or used where it is ""."""
-    assert [entry.site.name for entry in report.entries] == list(expected)
+    """Exactly these sites in this order, kept with a reason that starts so, or used where it is "".
+
+    Behind a graph break (torch 2.11 has one between Whisper's encoder and decoder) a path starts below the outermost
+    module.
+    """
+    names = [entry.site.name for entry in report.entries]
+    assert names == list(expected) if report.graphs == 1 else len(names) == len(expected)
+    assert all(full.endswith(name) for full, name in zip(expected, names, strict=True))
     for entry, because in zip(report.entries, expected.values(), strict=True):
         reason = "" if isinstance(entry.decision, Use) else entry.decision.reason
         assert reason.startswith(because) and bool(reason) == bool(because), (entry.site.name, reason)
@@ -50,4 +55,6 @@ def assert_sites(report: Report, expected: dict[str, str]) -> None:
 
 def assert_run_by(report: Report, format: str, device: str) -> None:
     """Every used site runs in that format, by the device's own provider."""
-    assert {(entry.decision.format, entry.decision.provider) for entry in report.used} <= {(format, provider(device, format))}
+    assert {(entry.decision.format, entry.decision.provider) for entry in report.used} <= {
+        (format, provider(device, format))
+    }

@@ -135,7 +135,7 @@ LOOKALIKES = {
     "the first column of all": lambda m, n: (ARANGE(m)[:, None] >= ARANGE(n))[:, :1].expand(m, n) & (ARANGE(n) < 3),
     "rows only": lambda m, n: (ARANGE(n) <= 3).expand(m, n),
     "bits, not truth": lambda m, n: ~(ARANGE(m)[:, None] >= ARANGE(n)).long() == 0,
-    "an index counted from the end": lambda m, n: (ARANGE(n) <= ARANGE(m)[:, None])[:, ARANGE(n) - 1],
+    "an index counted from the end": lambda m, n: (ARANGE(n) < ARANGE(m)[:, None])[:, ARANGE(n) - 1],
     "positions that wrap around": lambda m, n: ARANGE(m, dtype=torch.uint8)[:, None] >= ARANGE(n, dtype=torch.uint8),
     "positions that bfloat16 rounds": lambda m, n: ARANGE(m).bfloat16()[:, None] >= ARANGE(n).bfloat16(),
     "two packed sequences": lambda m, n: (
