@@ -54,9 +54,8 @@ def sage_inductor(
     dump(gm, "before")
     done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)))
     dump(gm, "after")
-    if done.entries:
-        logger.info(done.summary())
-        logger.debug("\n%s", done)
+    logger.info(done.summary())
+    logger.debug("\n%s", done)
     report.record(done)
     return inductor(gm, example_inputs)  # type: ignore[no-any-return]
 
@@ -82,8 +81,8 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Run `model(*args, **kwargs)` once and report every attention call: used or kept, and why.
 
-    A module that torch.compile returned with `backend="sage_inductor"` is explained with the mode and options it was
-    given, anything else with those of the environment. What runs are the model's own graphs, not the rewritten ones.
+    What torch.compile returned with `backend="sage_inductor"` is explained with the mode and options it was given,
+    anything else with those of the environment. What runs are the model's own graphs, not the rewritten ones.
     """
     return explain_with(_options_of(model), model, args, kwargs)
 
@@ -117,11 +116,19 @@ def explain_with(
 
 
 def _options_of(model: Any) -> dict[str, Any]:
-    """The `mode` and `options` that torch.compile was given with our backend, {} for any other model."""
-    backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
-    while backend is not None and getattr(backend, "compiler_fn", None) is not sage_inductor:
-        backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    return dict(backend.kwargs) if backend is not None else {}
+    """The `mode` and `options` that torch.compile was given with our backend, {} for any other model.
+
+    A compiled module keeps them in its context; a compiled function, and what Module.compile() made, in the closure.
+    """
+    compiled = getattr(model, "_compiled_call_impl", None) or model
+    held = [cell.cell_contents for cell in getattr(compiled, "__closure__", None) or ()]
+    for context in (getattr(model, "dynamo_ctx", None), *held):
+        backend = getattr(context, "callback", None)
+        while backend is not None and getattr(backend, "compiler_fn", None) is not sage_inductor:
+            backend = getattr(backend, "_torchdynamo_orig_backend", None)
+        if backend is not None:
+            return dict(backend.kwargs)
+    return {}
 
 
 def _copy(gm: GraphModule) -> GraphModule:

@@ -91,8 +91,8 @@ def _predicted_wins(candidates: list[Use], device: Device, settings: Settings) -
             unmeasured.append(f"{use.format} by {use.provider}")
         elif use.prediction.speedup < settings.min_speedup:
             refusals.append(
-                f"predicted {use.prediction.speedup:.2f}x: {use.format} by {use.provider} needs "
-                f"{settings.min_speedup:.2f}x ({use.prediction.basis})"
+                f"predicted below {settings.min_speedup:.2f}x: {use.prediction.speedup:.2f}x for {use.format} by "
+                f"{use.provider} ({use.prediction.basis})"
             )
         else:
             wins.append(use)

@@ -99,6 +99,6 @@ def test_auto_asks_for_min_speedup(monkeypatch):
     monkeypatch.setattr(module, "predict", speeds({("qk_int8_pv_fp16", "triton"): 1.04}))
     only = ("qk_int8_pv_fp16",)
     assert decide(SITE, H200, Settings(formats=only), runs).reason.startswith(
-        "predicted 1.04x: qk_int8_pv_fp16 by triton needs 1.05x (somewhere)"
+        "predicted below 1.05x: 1.04x for qk_int8_pv_fp16 by triton (somewhere)"
     )
     assert isinstance(decide(SITE, H200, Settings(formats=only, min_speedup=1.0), runs), Use)

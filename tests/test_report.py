@@ -89,6 +89,22 @@ def test_explain_takes_the_options_of_a_compiled_module():
     assert explain(Model(), q).kept[0].decision.cause.startswith("not measured")
 
 
+def test_explain_takes_the_options_of_a_compiled_function():
+    q = torch.randn(1, 2, 64, 64)
+    compiled = torch.compile(attend, backend="sage_inductor", options={"sage.policy": "always"})
+    assert len(explain(compiled, q).used) == 1
+
+
+def test_explain_takes_the_options_of_module_compile():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return attend(q)
+
+    model = Model()
+    model.compile(backend="sage_inductor", options={"sage.policy": "always"})
+    assert len(explain(model, torch.randn(1, 2, 64, 64)).used) == 1
+
+
 def test_explain_can_be_called_again_and_again():
     for length in range(10, 30):  # more often than Dynamo's recompile limit
         assert len(explain(attend, torch.randn(1, 2, length, 64)).entries) == 1

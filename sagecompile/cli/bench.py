@@ -14,6 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sagecompile.errors import SageCompileError
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", type=_integers, default=[64, 128], help="comma-separated")
     parser.add_argument("--heads", type=int, default=None, help="default: 2048 / head_dim on a GPU, 8 on a CPU")
     parser.add_argument("--tokens", type=int, default=None, help="in all; default 16384 on a GPU, 1 sequence on a CPU")
-    parser.add_argument("--dtypes", type=_names, default=["bfloat16"], help="of float16, bfloat16, float32")
+    parser.add_argument("--dtypes", type=_names, default=["bfloat16"], help="of float16, bfloat16 (default), float32")
     parser.add_argument(
         "--reference", action="store_true", help="time the plain-torch reference as well, which is slow"
     )
@@ -37,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
+    try:
+        numbers = [int(item) for item in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: needs numbers from 1 on, such as 512,1024")
+    return numbers
 
 
 def _names(text: str) -> list[str]:
@@ -51,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SageCompileError(
+            f"--device {device}: torch sees no CUDA GPU here; `sagecompile doctor` says what there is"
+        )
     shape_header = f"{'dtype':8} {'head_dim':>8} {'causal':>6} {'length':>6} {'batch':>5}"
     print(f"{shape_header}  {'what':28} {'us':>10} {'TFLOP/s':>8} {'ratio':>6} {'error':>7}")
     rows = []

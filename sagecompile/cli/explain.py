@@ -10,6 +10,7 @@ TARGET is one of
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import runpy
@@ -31,7 +32,7 @@ HELP = "every attention call of a model: used or kept, and why"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="module:factory or script.py")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the graphs before and after into DIR")
-    parser.add_argument("--policy", help="auto, always or never (default: the environment's, else auto)")
+    parser.add_argument("--policy", help="auto, always or never; a script's own options go before it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -66,6 +67,10 @@ def _of_factory(target: str, policy: str | None) -> Report:
         factory = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SageCompileError(f"cannot load {target}: {error}") from error
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise SageCompileError(f"{target} must be a function that can be called without arguments: {error}") from error
     made = factory()
     if not (isinstance(made, tuple) and len(made) == 2):
         raise SageCompileError(f"{target}() returned {type(made).__name__}; it must return (model, inputs)")

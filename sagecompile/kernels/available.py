@@ -60,7 +60,9 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     limit = _limit(site, format, provider, cuda_graphs)
     if limit is not None:
         return limit
-    padded = min((d for d in FORMATS[format].native_head_dims if d >= site.head_dim), default=0)
+    if site.head_dim > FORMATS[format].max_head_dim:
+        return f"head_dim {site.head_dim}: needs at most {FORMATS[format].max_head_dim}"
+    padded = min(d for d in FORMATS[format].native_head_dims if d >= site.head_dim)
     return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
 
 

@@ -78,6 +78,8 @@ def test_dump_writes_the_graphs_before_and_after(folder):
         (["explain", "no_such_module:make"], "No module named 'no_such_module'"),
         (["explain", "cli_models:missing"], "has no attribute 'missing'"),
         (["explain", "cli_models:wrong"], "it must return (model, inputs)"),
+        (["explain", "cli_models:Model.forward"], "has no attribute 'Model.forward'"),
+        (["explain", "cli_models:torch"], "must be a function that can be called without arguments"),
         (["explain", "missing.py"], "no file missing.py"),
         (["explain", "other.py"], 'needs torch.compile(model, backend="sage_inductor")'),
         (["explain", "cli_models:make", "--policy", "often"], "it can be auto, always, never"),
@@ -87,6 +89,19 @@ def test_mistakes_get_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_bench_on_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "attention", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lengths", ["0", "abc", "128,-1"])
+def test_bench_lengths_must_be_numbers(lengths, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "attention", "--lengths", lengths])
+    assert "needs numbers from 1 on, such as 512,1024" in capsys.readouterr().err
 
 
 def test_unknown_command_lists_the_known(capsys):
