@@ -12,11 +12,14 @@ import struct
 import torch
 import torch.nn.functional as F
 
+from sagecompile.formats import PROVIDERS
+from sagecompile.kernels.check import check
+
 from .build import function, why_not
 
 __all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
 
-FORMATS = ("qk_int8_pv_fp16",)
+FORMATS = PROVIDERS["cpu"].formats
 MAX_HEAD_DIM = 256
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,7 +32,9 @@ def attention(
 
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 256; one dtype; any strides.
     """
-    _check(q, k, v, out, format)
+    check(q, k, v, out, format, FORMATS, MAX_HEAD_DIM)
+    if not q.is_cpu:
+        raise ValueError(f"q {q.device}: need the CPU")
     sizes = (*q.shape, *k.shape[1:3], is_causal, _DTYPES[q.dtype], torch.get_num_threads())
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
     flags = ctypes.create_string_buffer(q.shape[0] * q.shape[1])
@@ -57,23 +62,3 @@ def _recompute_flagged(
         q[b, h][None], k[b, kv_h][None], v[b, kv_h][None], is_causal=is_causal, scale=scale
     )
     out[b, h] = exact[0]
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, format: str) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or out.shape != q.shape:
-        shapes = ", ".join(
-            f"{name} {tuple(x.shape)}" for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)
-        )
-        raise ValueError(f"{shapes}: q and out must be (B, Hq, Nq, D), k and v (B, Hkv, Nk, D)")
-    batch, heads, q_len, head_dim = q.shape
-    kv_batch, kv_heads, kv_len, kv_dim = k.shape
-    if batch != kv_batch or head_dim != kv_dim or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: B and D must be equal and Hq a multiple of Hkv")
-    if min(batch, heads, q_len, kv_len, head_dim) < 1 or head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: every size must be at least 1, and D at most 256")
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {tuple(_DTYPES)}")
-    if not (q.is_cpu and k.is_cpu and v.is_cpu and out.is_cpu):
-        raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need the CPU")

@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
+import sagecompile.formats as formats
+from sagecompile.kernels.check import check
+
 from .exact import recompute_flagged
 from .quantize import BLOCK, E4M3_MAX, SMALLEST_AMAX, Quantized, padded_head_dim, quantize, token_at
 
-FORMATS = {"qk_int8_pv_fp16": (8, 0), "qk_int8_pv_fp8": (8, 9)}
+FORMATS = {name: formats.FORMATS[name].compute_capability for name in formats.PROVIDERS["triton"].formats}
 """Format -> lowest CUDA compute capability that runs it."""
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tile(NamedTuple):
@@ -56,29 +57,11 @@ def attention(
 
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
     """
-    _check(q, k, v, out, format)
+    check(q, k, v, out, format, FORMATS, max_head_dim=128)
     with torch.cuda.device_of(q):
         quantized = quantize(q, k, v, scale=scale, fp8=format == "qk_int8_pv_fp8")
         _launch(quantized, out, k.shape, is_causal=is_causal, format=format)
         recompute_flagged(q, k, v, out, quantized.flags, scale=scale, is_causal=is_causal)
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, format: str) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or out.shape != q.shape:
-        shapes = ", ".join(
-            f"{name} {tuple(x.shape)}" for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)
-        )
-        raise ValueError(f"{shapes}: q and out must be (B, Hq, Nq, D), k and v (B, Hkv, Nk, D)")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: B and D must be equal and Hq a multiple of Hkv")
-    if min(q.shape) < 1 or k.shape[2] < 1 or q.shape[3] > 128:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: every size must be at least 1, and D at most 128")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {DTYPES} for all four")
-    if not q.device == k.device == v.device == out.device:
-        raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need one device")
 
 
 def _launch(quantized: Quantized, out: torch.Tensor, kv_shape: torch.Size, *, is_causal: bool, format: str) -> None:
