@@ -17,15 +17,20 @@ WARM_UPS = 3
 def interleaved_median_us(
     calls: Mapping[str, Callable[[], object]], device_type: str, budget_s: float = 1.0, least_runs: int = 5
 ) -> dict[str, float]:
-    """Run the calls in turn until the budget is spent, `least_runs` times at the least; launch overhead counts."""
+    """Run the calls in turn until the budget is spent, `least_runs` times at the least; launch overhead counts.
+
+    Every other round goes backwards, so that no call always runs in the caches and clocks that the same one left.
+    """
     for call in calls.values():
         for _ in range(WARM_UPS):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget_s
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least_runs:
-        for name, call in calls.items():
-            times[name].append(_one_run_us(call, device_type))
+    order = list(calls)
+    while time.perf_counter() < end or len(times[order[0]]) < least_runs:
+        for name in order:
+            times[name].append(_one_run_us(calls[name], device_type))
+        order.reverse()
     return {name: statistics.median(found) for name, found in times.items()}
 
 

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from sagecompile.cli import main
+from sagecompile.kernels import available
+from sagecompile.site import Device
 
 MODELS = """
 import torch, torch.nn.functional as F
@@ -91,19 +93,6 @@ def test_mistakes_get_one_line(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_bench_on_a_gpu_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["bench", "attention", "--device", "cuda"]) == 2
-    assert "torch sees no CUDA GPU here" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("lengths", ["0", "abc", "128,-1"])
-def test_bench_lengths_must_be_numbers(lengths, capsys):
-    with pytest.raises(SystemExit):
-        main(["bench", "attention", "--lengths", lengths])
-    assert "needs numbers from 1 on, such as 512,1024" in capsys.readouterr().err
-
-
 def test_unknown_command_lists_the_known(capsys):
     with pytest.raises(SystemExit):
         main(["explian"])
@@ -120,12 +109,27 @@ def test_doctor(capsys):
     assert "reference     works" in capsys.readouterr().out
 
 
-def test_bench_prints_ratio_beside_error_and_json_last(capsys, folder):
-    arguments = ["bench", "attention", "--device", "cpu", "--lengths", "32", "--head-dims", "64", "--heads", "2"]
-    assert main([*arguments, "--reference", "--json", "rows.json", "--profile", "profile.json"]) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = json.loads((folder / "rows.json").read_text())["rows"]
-    assert last["rows"] == len(rows) and {"sdpa", "qk_int8_pv_fp16 reference"} <= {row["what"] for row in rows}
-    assert all(row["ratio"] > 0 and row["error"] < 0.045 for row in rows)
-    profile = json.loads((folder / "profile.json").read_text())
-    assert profile["rows"][0]["speedup_at_length"][0][0] == 32
+@pytest.mark.parametrize(
+    ("capability", "hopper"), [((8, 0), "compute capability 8.0: hopper needs 9.0"), ((9, 0), None)]
+)
+def test_doctor_asks_every_provider_for_itself(capability, hopper, capsys, monkeypatch):
+    """On a GPU that only this test sees: what is wrong with one provider or format is not said of another."""
+
+    def trial(provider, *_):
+        return "triton failed: RuntimeError: ptxas fatal" if provider == "triton" else None
+
+    gpu = Device("cuda", "a GPU", capability)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(available, "device", lambda name: gpu if name.startswith("cuda") else Device("cpu", "a CPU"))
+    monkeypatch.setattr(available, "version", lambda name: None if name == "sageattention" else "1.0")
+    monkeypatch.setattr(available, "_trial", trial)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["devices"][1]
+    why = {(row["format"], row["provider"]): row["why"] for row in found["formats"]}
+    assert why["qk_int8_pv_fp16", "hopper"] == hopper
+    assert why["qk_int8_pv_fp16", "triton"] == "triton failed: RuntimeError: ptxas fatal"
+    assert why["qk_int8_pv_fp16", "sageattention"] == "sageattention not installed: pip install sageattention"
+    if capability == (8, 0):
+        assert why["qk_int8_pv_fp8", "triton"] == "compute capability 8.0: qk_int8_pv_fp8 needs 8.9"
+    else:
+        assert why["qk_int8_pv_fp8", "hopper"] is None

@@ -1,0 +1,72 @@
+"""What the benchmarks share around the timing: the device, how it is timed, the results and where they go.
+
+In: the arguments. Out: a torch.device that is there; results with the machine's facts, written also if a run is cut
+short; an optional package, or one line that says what to install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from sagecompile.errors import SageCompileError
+from sagecompile.kernels import available
+
+SCHEMA = 2
+"""Of --json. 1 had one ratio, against plain SDPA."""
+
+
+def device_of(arguments: argparse.Namespace) -> torch.device:
+    """--device or the default, made the current one."""
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise SageCompileError(f"--device {name}: torch sees no CUDA GPU here; `sagecompile doctor` says what there is")
+    torch.cuda.set_device(torch.device(name).index or 0)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def captures_graphs(arguments: argparse.Namespace, device: torch.device, default: bool = True) -> bool:
+    """--graph or --eager, or the default where CUDA graphs are possible."""
+    if arguments.graph and device.type != "cuda":
+        raise SageCompileError(f"--graph: CUDA graphs need a CUDA device, this is {device.type}; leave it out")
+    return device.type == "cuda" and (default if arguments.graph is None else arguments.graph)
+
+
+@contextmanager
+def results(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The machine's facts and `rows` to fill; goes to --json in any case, and to the last line of the output."""
+    found: dict[str, Any] = {"schema": SCHEMA} | machine(device) | {"rows": []}
+    try:
+        yield found
+    finally:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({"device": found["device"], "rows": len(found["rows"])}))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, versions, date."""
+    return {
+        "device": available.device(str(device)).name,
+        "torch": torch.__version__,
+        "triton": available.version("triton"),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def require(module: str, wanted_by: str) -> Any:
+    """An optional package's module."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise SageCompileError(f"{wanted_by} needs {package}: pip install {package} ({error})") from error
