@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .cost import Prediction, predict
-from .formats import FORMATS, PROVIDERS, Format
+from .formats import FORMATS, PROVIDERS, Format, Provider
 from .settings import Settings
 from .site import AttentionSite, Device
 
@@ -56,6 +56,7 @@ def decide(site: AttentionSite, device: Device, settings: Settings, can_run: Can
     for refusal in _site_limits(site):
         return Keep(refusal)
     refusals: list[str] = []
+    slow: list[str] = []
     candidates: list[Use] = []
     auto = settings.policy == "auto"
     for name in settings.formats:
@@ -64,22 +65,26 @@ def decide(site: AttentionSite, device: Device, settings: Settings, can_run: Can
             refusals.append(refused)
             continue
         for provider in PROVIDERS.values():
-            if device.type in provider.devices and name in provider.formats:
+            if name in provider.formats and _is_for(provider, device):
                 wanted = (site, name, provider.name, device.name, settings.min_speedup)
                 candidates.append(Use(name, provider.name, predict(*wanted) if auto else None))
     if auto:
         candidates, slow = _predicted_wins(candidates, device, settings)
-        refusals.extend(slow)
     for use in sorted(candidates, key=_by_prediction):
         refused = can_run(site, use.format, use.provider)
         if refused is None:
             return use
         refusals.append(refused)
-    return Keep("; ".join(dict.fromkeys(refusals)) or f"device {device.type}: no provider runs on it")
+    return Keep("; ".join(dict.fromkeys(refusals + slow)) or f"device {device.type}: no provider runs on it")
+
+
+def _is_for(provider: Provider, device: Device) -> bool:
+    """Whether this provider is made for such a device; one that is not is no candidate, so no reason names it."""
+    return device.type in provider.devices and provider.compute_capability in (None, device.compute_capability)
 
 
 def _by_prediction(use: Use) -> float:
-    """The largest predicted speed-up first; what is not predicted keeps its order, last."""
+    """The largest predicted speed-up first; equal ones, and what is not predicted, keep the tables' order."""
     return -use.prediction.speedup if use.prediction else 0.0
 
 

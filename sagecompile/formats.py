@@ -40,6 +40,8 @@ class Provider:
     devices: tuple[str, ...]
     """Device types that `decide` offers it on."""
     formats: tuple[str, ...]
+    compute_capability: tuple[int, int] | None = None
+    """The only one of CUDA devices that it runs on; None: all of its formats' own."""
 
 
 _COMMON = {
@@ -74,6 +76,7 @@ FORMATS: dict[str, Format] = {
 PROVIDERS: dict[str, Provider] = {
     row.name: row
     for row in (
+        Provider("hopper", "our CUDA C++ kernels for compute capability 9.0", ("cuda",), tuple(FORMATS), (9, 0)),
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
         Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",)),

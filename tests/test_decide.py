@@ -62,13 +62,26 @@ def test_compute_capability_is_named():
 
 
 def test_always_takes_the_formats_in_the_users_order():
-    assert decide(SITE, H200, ALWAYS, runs) == Use("qk_int8_pv_fp16", "triton")
+    assert decide(SITE, H200, ALWAYS, runs) == Use("qk_int8_pv_fp16", "hopper")
     turned = Settings(policy="always", formats=("qk_int8_pv_fp8", "qk_int8_pv_fp16"))
     assert decide(SITE, H200, turned, runs).format == "qk_int8_pv_fp8"
 
 
 def test_a_provider_that_cannot_run_gives_way_to_the_next():
-    assert decide(SITE, H200, ALWAYS, refuses_triton) == Use("qk_int8_pv_fp16", "sageattention")
+    assert decide(SITE, A100, ALWAYS, refuses_triton) == Use("qk_int8_pv_fp16", "sageattention")
+
+
+def test_a_provider_for_one_compute_capability_is_no_candidate_on_another(monkeypatch):
+    asked = []
+
+    def can_run(site, format, provider):
+        asked.append(provider)
+        return f"{provider} broken"
+
+    assert "hopper" not in decide(SITE, A100, ALWAYS, can_run).reason and asked == ["triton", "sageattention"]
+    monkeypatch.setattr(module, "predict", lambda *_: None)
+    assert "hopper" not in decide(SITE, A100, Settings(), runs).reason
+    assert "qk_int8_pv_fp16 by hopper" in decide(SITE, H200, Settings(), runs).reason
 
 
 def test_a_kernel_that_cannot_be_built_is_a_keep_with_its_message():
@@ -93,6 +106,39 @@ def test_auto_takes_the_largest_predicted_win(monkeypatch):
     monkeypatch.setattr(module, "predict", speeds(table))
     decision = decide(SITE, H200, Settings(), runs)
     assert decision == Use("qk_int8_pv_fp8", "triton", Prediction(1.3, "somewhere"))
+
+
+def test_auto_takes_the_faster_provider_whichever_comes_first(monkeypatch):
+    for faster, slower in (("hopper", "triton"), ("triton", "hopper")):
+        table = {("qk_int8_pv_fp8", faster): 1.5, ("qk_int8_pv_fp8", slower): 1.2}
+        monkeypatch.setattr(module, "predict", speeds(table))
+        assert decide(SITE, H200, Settings(), runs) == Use("qk_int8_pv_fp8", faster, Prediction(1.5, "somewhere"))
+
+
+def test_auto_takes_the_first_in_the_table_of_equal_ones(monkeypatch):
+    table = {("qk_int8_pv_fp8", "triton"): 1.5, ("qk_int8_pv_fp8", "hopper"): 1.5}
+    monkeypatch.setattr(module, "predict", speeds(table))
+    assert decide(SITE, H200, Settings(), runs) == Use("qk_int8_pv_fp8", "hopper", Prediction(1.5, "somewhere"))
+
+
+def refuses_hopper(site, format, provider):
+    return "hopper failed: UnsupportedError: no libnvrtc.so.13" if provider == "hopper" else None
+
+
+def test_auto_falls_back_to_another_provider_that_wins_too(monkeypatch):
+    table = {("qk_int8_pv_fp8", "hopper"): 1.5, ("qk_int8_pv_fp8", "triton"): 1.2}
+    monkeypatch.setattr(module, "predict", speeds(table))
+    decision = decide(SITE, H200, Settings(), refuses_hopper)
+    assert decision == Use("qk_int8_pv_fp8", "triton", Prediction(1.2, "somewhere"))
+
+
+def test_the_winner_that_cannot_run_is_the_first_reason(monkeypatch):
+    """And not that the others are slow, which nothing can be done about."""
+    table = {("qk_int8_pv_fp8", "hopper"): 1.5, ("qk_int8_pv_fp8", "triton"): 0.9}
+    monkeypatch.setattr(module, "predict", speeds(table))
+    decision = decide(SITE, H200, Settings(formats=("qk_int8_pv_fp8",)), refuses_hopper)
+    assert decision.cause == "hopper failed"
+    assert "predicted below 1.05x: 0.90x for qk_int8_pv_fp8 by triton (somewhere)" in decision.reason
 
 
 def test_auto_asks_for_min_speedup(monkeypatch):

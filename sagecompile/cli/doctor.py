@@ -73,14 +73,11 @@ def _why_not(device: str, format: str, provider: str) -> str | None:
     from sagecompile.site import AttentionSite
 
     site = AttentionSite("doctor", "", "sdpa", 1, 16, 16, 1024, 1024, 128, 128, "bfloat16", device)
-
-    def can_run(site: AttentionSite, format: str, name: str) -> str | None:
-        return available.refusal(site, format, name, cuda_graphs=False) if name == provider else f"{name}: not asked"
-
-    decision = decide(site, available.device(device), Settings(policy="always", formats=(format,)), can_run)
-    if not isinstance(decision, Keep):
-        return None
-    return "; ".join(part for part in decision.reason.split("; ") if not part.endswith(": not asked"))
+    anyone = Settings(policy="always", formats=(format,))
+    decision = decide(site, available.device(device), anyone, lambda site, format, provider: None)
+    if isinstance(decision, Keep):  # the format itself cannot
+        return decision.reason
+    return available.refusal(site, format, provider, cuda_graphs=False)
 
 
 def render(found: dict[str, Any]) -> str:

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.formats import FORMATS
+from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite, Device
 
 from . import launcher
 
 logger = logging.getLogger("sagecompile")
+
+PACKAGES = {"cpu": "torch", "hopper": "triton", "reference": "torch"}
+"""What a provider needs, where that is not the package of its own name: hopper's exact rows are Triton's."""
 
 TRIAL_TOKENS = 200
 """Of the trial: not a whole number of any kernel's blocks, so that tails are tried too."""
@@ -44,9 +47,9 @@ def _cpu_name() -> str:
 
 
 def version(provider: str) -> str | None:
-    """Of the package that a provider needs, None if it is not installed; our own C++ and plain torch need torch."""
+    """Of the package that a provider needs, None if it is not installed."""
     try:
-        return metadata.version({"cpu": "torch", "reference": "torch"}.get(provider, provider))
+        return metadata.version(PACKAGES.get(provider, provider))
     except metadata.PackageNotFoundError:
         return None
 
@@ -56,7 +59,8 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     if provider == "reference":
         return None
     if version(provider) is None:
-        return f"{provider} not installed: pip install {provider}"
+        package = PACKAGES.get(provider, provider)
+        return f"{package} not installed: pip install {package}"
     limit = _limit(site, format, provider, cuda_graphs)
     if limit is not None:
         return limit
@@ -67,7 +71,11 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
 
 
 def _limit(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
-    """What a provider says of itself, before any trial."""
+    """What the table, or a provider itself, says before any trial."""
+    needed = PROVIDERS[provider].compute_capability
+    if needed is not None and (found := device(site.device).compute_capability) != needed:
+        shown = "none" if found is None else f"{found[0]}.{found[1]}"
+        return f"compute capability {shown}: {provider} needs {needed[0]}.{needed[1]}"
     if provider == "cpu":
         from . import cpu
 
@@ -115,13 +123,13 @@ def _trial(provider: str, format: str, device_name: str, head_dim: int, dtype: s
     # Broad on purpose: whatever a broken package, compiler or driver raises, the model must still run without us.
     except Exception as failure:
         reason = f"{provider} failed: {type(failure).__name__}: {str(failure).strip() or 'no message'}"
-        logger.warning("%s by %s cannot run on %s, its sites are kept: %s", format, provider, device_name, reason)
+        logger.warning("%s by %s cannot run on %s: %s", format, provider, device_name, reason)
         return reason
     bound = 2 * FORMATS[format].error_bound
     if error <= bound:
         return None
     reason = f"{provider} wrong: relative error {error:.3g} in a trial, needs at most {bound:g}"
-    logger.warning("%s by %s cannot be trusted on %s, its sites are kept: %s", format, provider, device_name, reason)
+    logger.warning("%s by %s cannot be trusted on %s: %s", format, provider, device_name, reason)
     return reason
 
 

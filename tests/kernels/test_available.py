@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from sagecompile import formats
+from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import available
+from sagecompile.kernels.hopper import runtime
 from sagecompile.report import recording
-from sagecompile.site import AttentionSite
+from sagecompile.site import AttentionSite, Device
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 1, 2, 2, 64, 64, 64, 64, "float32", "cpu")
 
@@ -75,6 +77,42 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(available, "version", lambda provider: None)
     reason = available.refusal(SITE, "qk_int8_pv_fp16", "sageattention", cuda_graphs=False)
     assert reason == "sageattention not installed: pip install sageattention"
+
+
+def test_a_missing_package_of_another_name_is_named(monkeypatch):
+    """The rows that Hopper's kernels leave to the exact one are computed by Triton."""
+    monkeypatch.setattr(available, "version", lambda provider: None)
+    reason = available.refusal(SITE, "qk_int8_pv_fp16", "hopper", cuda_graphs=False)
+    assert reason == "triton not installed: pip install triton"
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"), [((8, 0), "8.0"), ((10, 0), "10.0"), ((12, 0), "12.0"), (None, "none")], ids=str
+)
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_another_compute_capability_is_refused_before_anything_is_compiled(monkeypatch, format, found, shown):
+    monkeypatch.setattr(available, "version", lambda provider: "1.0")
+    monkeypatch.setattr(available, "device", lambda name: Device("cuda", "a GPU", found))
+    monkeypatch.setattr(available, "_trial", lambda *_: pytest.fail("tried"))
+    reason = available.refusal(SITE, format, "hopper", cuda_graphs=False)
+    assert reason == f"compute capability {shown}: hopper needs 9.0"
+
+
+def test_a_hopper_gpu_without_a_compiler_is_refused_with_what_to_install(monkeypatch, caplog):
+    """The launcher is the real one, up to the compiler that it does not find."""
+
+    missing = "no libnvrtc.so.13: pip install the nvidia-cuda-nvrtc of CUDA 13.0"
+
+    def no_nvrtc():
+        raise UnsupportedError(missing)
+
+    monkeypatch.setattr(available, "version", lambda provider: "1.0")
+    monkeypatch.setattr(available, "device", lambda name: Device("cuda", "NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(runtime, "_version", no_nvrtc)
+    with caplog.at_level(logging.WARNING, logger="sagecompile"):
+        reasons = {available.refusal(SITE, "qk_int8_pv_fp8", "hopper", cuda_graphs=False) for _ in range(2)}
+    assert reasons == {f"hopper failed: UnsupportedError: {missing}"}
+    assert len(caplog.records) == 1
 
 
 def test_a_package_that_cannot_be_imported_gives_its_message(monkeypatch):

@@ -34,6 +34,15 @@ CASES = {
     "Inf in V": (1, 2, 2, 70, 70, 64, "float16", True, {"poison": ("v", 40, float("inf"))}),
     "Inf in K": (1, 2, 2, 70, 70, 64, "float32", True, {"poison": ("k", 10, float("inf"))}),
 }
+# For every 16 rows a flag. name: (B, Hq, Hkv, Nq, Nk, D, dtype, causal, flagged (query head of all, row))
+FLAGGED = {
+    "one of two tiles": (1, 2, 1, 128, 70, 64, "float16", False, [(1, 20)]),
+    "the last rows, fewer than 16": (1, 2, 2, 133, 70, 40, "float16", True, [(0, 132)]),
+    "tiles of 32 in float32": (1, 1, 1, 100, 130, 96, "float32", True, [(0, 40), (0, 99)]),
+    "heads of several sequences": (2, 4, 2, 70, 33, 64, "bfloat16", False, [(0, 0), (5, 69), (7, 15), (7, 16)]),
+    "one row in all": (3, 1, 1, 1, 9, 8, "float32", True, [(1, 0)]),
+    "none": (1, 2, 2, 100, 70, 64, "float16", True, []),
+}
 LIMITS = {"qk_int8_pv_fp16": 0.02, "qk_int8_pv_fp8": 0.045}
 
 
@@ -118,6 +127,36 @@ def run_case(case: str, format: str) -> dict[str, float | bool]:
     return {"error": float(error), "same_places": bool((out.isfinite() == finite).all()), "unchanged": unchanged}
 
 
+def run_flagged(case: str) -> dict[str, float | bool]:
+    """In the interpreter's process: the error of the tiles with a flag, whether all others are as they were."""
+    import torch
+
+    from sagecompile.kernels.triton.exact import recompute_flagged
+
+    batch, q_heads, kv_heads, q_len, kv_len, dim, dtype, causal, flagged = FLAGGED[case]
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, heads, length, dim).to(getattr(torch, dtype))
+        for heads, length in ((q_heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+    )
+    out = torch.full_like(q, 7.0)
+    flags = torch.zeros(batch * q_heads, -(-q_len // 16), dtype=torch.int32)
+    exact = torch.zeros(batch * q_heads, q_len, dtype=torch.bool)
+    tile = 32 if dtype == "float32" else 64
+    for head, row in flagged:
+        flags[head, row // 16] = 1
+        exact[head, row // tile * tile : (row // tile + 1) * tile] = True
+    recompute_flagged(q, k, v, out, flags, flag_rows=16, scale=dim**-0.5, is_causal=causal)
+    exact = exact.view(batch, q_heads, q_len)
+    k, v = (x.double().repeat_interleave(q_heads // kv_heads, 1) for x in (k, v))
+    scores = q.double() @ k.mT * dim**-0.5
+    if causal:
+        scores.masked_fill_(torch.ones(q_len, kv_len, dtype=torch.bool).triu(1), float("-inf"))
+    expected = (scores.softmax(-1) @ v)[exact]
+    error = (out[exact].double() - expected).norm() / expected.norm().clamp_min(1e-300)
+    return {"error": float(error), "unchanged": bool((out[~exact] == 7.0).all())}
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float | bool]]:
     pytest.importorskip("triton", reason="triton is not installed")
@@ -136,6 +175,14 @@ def test_against_float64(results: dict[str, dict[str, float | bool]], case: str,
     assert result["error"] <= LIMITS[format]
 
 
+@pytest.mark.parametrize("case", FLAGGED)
+def test_only_flagged_tiles_are_computed_again(results: dict[str, dict[str, float | bool]], case: str) -> None:
+    """The exact kernel, with a flag for every 16 rows: tiles of 64 rows (32 in float32) that hold a flagged row."""
+    assert results[case]["unchanged"], "a tile without a flag was written"
+    assert results[case]["error"] <= 5e-3
+
+
 if __name__ == "__main__":
     correct_interpreter()
-    print(json.dumps({f"{case} / {format}": run_case(case, format) for case in CASES for format in LIMITS}))
+    found = {f"{case} / {format}": run_case(case, format) for case in CASES for format in LIMITS}
+    print(json.dumps(found | {case: run_flagged(case) for case in FLAGGED}))

@@ -19,7 +19,7 @@ from sagecompile.report import Report
 def provider(device: str, format: str) -> str:
     """Who runs the sites of a device under policy=always."""
     if device == "cuda":
-        return "triton"
+        return "hopper" if torch.cuda.get_device_capability() == (9, 0) else "triton"
     return "cpu" if format == ACCURATE and cpu.why_not() is None else "reference"
 
 

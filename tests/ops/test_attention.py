@@ -234,7 +234,7 @@ def test_calling_it_with_a_gradient_says_what_to_do() -> None:
 
 BAD = {
     "format": ({"format": "int4"}, inputs, "format 'int4': known are qk_int8_pv_fp16"),
-    "provider": ({"provider": "nobody"}, inputs, "provider 'nobody': known are triton"),
+    "provider": ({"provider": "nobody"}, inputs, "provider 'nobody': known are hopper, triton"),
     "rank": ({}, lambda: [x[0] for x in inputs()], "each needs 4"),
     "shapes": ({}, lambda: [inputs()[0], *inputs(kv_len=9)[1:2], inputs()[2]], r"need \(B, H, Nq, D\)"),
     "heads": ({}, lambda: inputs(heads=3, kv_heads=2), "3 query heads on 2 KV heads: needs a multiple"),

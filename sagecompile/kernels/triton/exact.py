@@ -1,6 +1,7 @@
-"""Attention in the input's own precision, for the heads that cannot be quantized.
+"""Attention in the input's own precision, for the heads or rows that cannot be quantized.
 
-In: the caller's q, k, v and a flag for each KV head. Out: the flagged heads of `out`, overwritten; others exit at once.
+In: the caller's q, k, v and a flag for each KV head or some rows. Out: what is flagged of `out`, overwritten; tiles of
+rows without a flag exit at once.
 Why: INT8 has no NaN and no Inf, and which head holds one is known only on the device. This costs microseconds, no sync.
 """
 
@@ -18,23 +19,28 @@ def recompute_flagged(
     out: torch.Tensor,
     flags: torch.Tensor,
     *,
+    flag_rows: int = 0,
     scale: float,
     is_causal: bool,
 ) -> None:
-    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; flags: (B * Hkv) int32.
+    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides.
 
+    flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
+    A flag makes its whole tile exact: 64 rows, or 32 in float32.
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
     """
-    assert flags.dtype == torch.int32 and flags.shape == (k.shape[0] * k.shape[1],)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
+    expected = (batch * q_heads, triton.cdiv(q_len, flag_rows)) if flag_rows else (batch * kv_heads,)
+    assert flags.dtype == torch.int32 and flags.shape == expected
     # float32 without TF32 runs on the ordinary cores, with operands in registers: larger tiles spill.
     rows, keys = (32, 16) if q.dtype == torch.float32 else (64, 32)
     with torch.cuda.device_of(q):
         _attend_exact[(batch * q_heads * triton.cdiv(q_len, rows),)](
             q, k, v, out, flags, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim,
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            IS_CAUSAL=is_causal, COLUMNS=64 if head_dim <= 64 else 128, ROWS=rows, KEYS=keys, num_warps=8, num_stages=1,
+            FLAG_ROWS=flag_rows, IS_CAUSAL=is_causal, COLUMNS=64 if head_dim <= 64 else 128, ROWS=rows, KEYS=keys,
+            num_warps=8, num_stages=1,
         )  # fmt: skip
 
 
@@ -48,12 +54,18 @@ def _attend_exact(
     Q, K, V, OUT, FLAGS, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
-    IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FLAG_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * Hq * row tiles)."""
     row_tiles = tl.cdiv(q_len, ROWS)
     head = (tl.program_id(0) // row_tiles).to(tl.int64)
-    if tl.load(FLAGS + head // group) == 0:
+    if FLAG_ROWS:
+        flags = tl.cdiv(q_len, FLAG_ROWS)
+        mine = tl.program_id(0) % row_tiles * (ROWS // FLAG_ROWS) + tl.arange(0, ROWS // FLAG_ROWS)
+        flag = tl.max(tl.load(FLAGS + head * flags + mine, mask=mine < flags, other=0), 0)
+    else:
+        flag = tl.load(FLAGS + head // group)
+    if flag == 0:
         return
     batch, q_head = head // q_heads, head % q_heads
     kv_head = q_head // group

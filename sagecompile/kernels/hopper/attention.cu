@@ -1,0 +1,534 @@
+// Attention on tiles that quantize.cu wrote: INT8 QK^T, softmax in float32, PV in FP8 or 16 bits.
+//
+// In: q with any strides, the tiles of K and V. Out: out, wholly written, and for every 16 rows whether they must be
+// computed again without quantization.
+// One block of threads a multiprocessor takes query tiles one after the other: a loader warp brings K and V by bulk
+// copies, and warpgroups of 64 rows each quantize their rows of Q and run FlashAttention-3's loop
+// (https://arxiv.org/abs/2407.08608).
+// Why so, by measurement: the tensor cores are idle half of the time, and what limits is one warp's chain of
+// instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has a column of ones), a
+// maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
+// Compile-time settings besides common.cuh's: CAUSAL, CONSUMERS (warpgroups), STAGES (tiles of K and V in flight),
+// OVERLAP (1: PV and the next QK^T are in flight together, which takes registers), LAG (see exponentiate).
+#include "wgmma.cuh"
+
+struct Parameters {
+    Tensor q, out;
+    const char* tiles;
+    unsigned* flags;
+    int batch, heads, group;  // group: query heads that share a KV head
+    int q_len, kv_len, head_dim;
+    int row_tiles, kv_tiles;
+    float scale_log2e;
+    int never;  // 0, but the compiler cannot know
+};
+
+constexpr int ROWS = 64 * CONSUMERS;
+constexpr int PARTS = TILE * V_BYTES / 32;  // steps of PV in one tile, of 32 bytes of V each
+constexpr int P_WORDS = 4 * PARTS;
+constexpr float STEEPEST = 0x1p-6f;  // as in sagecompile.ops.quantize
+
+// P is at most 2^(SHIFT + SLACK): below e4m3's 448.
+constexpr float SHIFT = FP8 ? 7.5f : 0.0f;
+constexpr float SLACK = FP8 ? 1.25f : 8.0f;
+
+// Hopper's FP8 tensor cores keep about 14 bits of their accumulator (DeepSeek-V3 report, section 3.3.2,
+// https://arxiv.org/abs/2412.19437), so the sum of this many tiles is moved into float32 in shared memory; the sums of
+// P, which have one sign and would be 2% too small after 16 tiles, move after each.
+constexpr int FLUSH = 8;
+
+constexpr int MAGIC_BITS = 0x4b400000;  // of ROUNDING
+constexpr int HIDDEN = -0x4bc00000;     // stands for a score that is not seen: with MAGIC_BITS the bits of -Inf
+
+constexpr float SMALLEST_FACTOR = 0x1p-100f;  // -Inf times zero would be NaN
+
+constexpr int O_BYTES = FP8 ? 64 * V_ROWS * 4 : 0;
+struct Shared {
+    static constexpr int k = 0;
+    static constexpr int v = k + STAGES * K_TILE_WITH_HEADER;
+    static constexpr int o = v + STAGES * V_TILE;
+    static constexpr int q = o + CONSUMERS * O_BYTES;
+    static constexpr int barriers = q + CONSUMERS * 64 * D;
+};
+
+extern __shared__ __align__(128) char memory[];
+
+struct Pipeline {
+    unsigned base;
+    int stage = 0, phase = 0;
+    __device__ __forceinline__ unsigned full_k() const { return base + Shared::barriers + stage * 32; }
+    __device__ __forceinline__ unsigned full_v() const { return full_k() + 8; }
+    __device__ __forceinline__ unsigned empty_k() const { return full_k() + 16; }
+    __device__ __forceinline__ unsigned empty_v() const { return full_k() + 24; }
+    __device__ __forceinline__ unsigned k() const { return base + Shared::k + stage * K_TILE_WITH_HEADER; }
+    __device__ __forceinline__ unsigned v() const { return base + Shared::v + stage * V_TILE; }
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+};
+
+// Which query tile comes `turn`-th in this block: heads one after the other, as they share K and V; causal ones from
+// the longest to the shortest, back and forth over the blocks so that all get about the same work.
+struct Work {
+    int head, first_row, tiles;
+    bool valid;
+    __device__ __forceinline__ Work(const Parameters& p, int turn) {
+        const int blocks = gridDim.x, all = p.batch * p.heads * p.row_tiles;
+        const int column = CAUSAL && turn % 2 ? blocks - 1 - blockIdx.x : blockIdx.x;
+        const int index = turn * blocks + column;
+        valid = index < all;
+        const int row_tile = CAUSAL ? p.row_tiles - 1 - index / (p.batch * p.heads) : index % p.row_tiles;
+        head = CAUSAL ? index % (p.batch * p.heads) : index / p.row_tiles;
+        first_row = row_tile * ROWS;
+        const int visible = CAUSAL ? min(first_row + ROWS, p.kv_len) : p.kv_len;
+        tiles = (visible + TILE - 1) / TILE;
+    }
+};
+
+__device__ __forceinline__ int turns(const Parameters& p) {
+    return (p.batch * p.heads * p.row_tiles + gridDim.x - 1) / gridDim.x;
+}
+
+// Brings the rows of Q that this block takes next into the second-level cache.
+__device__ __forceinline__ void prefetch_q(const Parameters& p, const Work& work) {
+    if (!work.valid || !p.q.vectors) return;
+    const int rows = min(ROWS, p.q_len - work.first_row);
+    for (int row = 0; row < rows; ++row)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                     ::"l"(p.q.row(work.head / p.heads, work.head % p.heads, work.first_row + row)), "n"(D * ELEMENT));
+}
+
+__device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
+    Pipeline pipe{base};
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // this kernel may start while the tiles are still being written
+    for (int turn = 0; turn < turns(p); ++turn) {
+        const Work work(p, turn);
+        if (!work.valid) continue;
+        const char* tiles = p.tiles + static_cast<int64>(work.head / p.group) * p.kv_tiles * KV_TILE;
+        for (int i = work.tiles - 1; i >= 0; --i) {
+            const char* tile = tiles + static_cast<int64>(i) * KV_TILE;
+            barrier_wait(pipe.empty_k(), pipe.phase ^ 1);
+            barrier_expect(pipe.full_k(), K_TILE_WITH_HEADER);
+            bulk_load(pipe.k(), tile, K_TILE_WITH_HEADER, pipe.full_k());
+            barrier_wait(pipe.empty_v(), pipe.phase ^ 1);
+            barrier_expect(pipe.full_v(), V_TILE);
+            bulk_load(pipe.v(), tile + K_TILE_WITH_HEADER, V_TILE, pipe.full_v());
+            pipe.advance();
+        }
+        prefetch_q(p, Work(p, turn + 1));
+    }
+}
+
+// One thread's part of the softmax of its two rows, 8 apart.
+struct Softmax {
+    float q_factor[2];   // scale of the row of Q * softmax scale * log2(e)
+    float reference[2];  // what exponents are relative to: the running maximum, or up to SLACK less
+    float rescale[2];
+    float factor[2], offset[2];  // from a score to its exponent
+    float sum[2];    // of P, in float32
+    float weight;    // what the P that is multiplied counts in them: one over the scale of V that is in it
+    float k_scale_max;
+    bool moved;  // whether `rescale` is not one for some row of the warp
+
+    __device__ __forceinline__ void start() {
+        reference[0] = reference[1] = -1e30f;
+        sum[0] = sum[1] = k_scale_max = 0.0f;
+    }
+
+    // The scores' maximum decides what exponents are relative to.
+    __device__ __forceinline__ void measure(const int (&s)[64], const float4& header) {
+        k_scale_max = fmaxf(k_scale_max, fmaxf(header.x, header.w));
+        int top[8];  // four for each row, for short chains of dependent instructions
+#pragma unroll
+        for (int i = 0; i < 64; i += 2) {
+            const int slot = i / 2 % 8;
+            top[slot] = i < 16 ? max(s[i], s[i + 1]) : max(max(top[slot], s[i]), s[i + 1]);
+        }
+        float largest[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = max(max(max(top[r], top[r + 2]), top[r + 4]), top[r + 6]);
+            factor[r] = fmaxf(q_factor[r] * header.x, SMALLEST_FACTOR);
+            largest[r] = fmaf(__int2float_rn(top[r]), factor[r], header.y);
+        }
+        moved = __any_sync(~0u, largest[0] > reference[0] + SLACK || largest[1] > reference[1] + SLACK);
+        if (moved) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float next = fmaxf(reference[r], largest[r]);
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 1));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
+                rescale[r] = exp2_approx(reference[r] - next);
+                reference[r] = next;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) offset[r] = fmaf(-ROUNDING, factor[r], header.y + SHIFT - reference[r]);
+    }
+
+    // A score to P / 2^reference * 2^SHIFT * scale of V. An integer below 2^22 added to the bits of 1.5 * 2^23 gives
+    // the bits of their sum; the multiply-add takes 1.5 * 2^23 away again.
+    __device__ __forceinline__ float exponential(int s, int magic, int r) const {
+        return exp2_approx(fmaf(__int_as_float(s + magic), factor[r], offset[r]));
+    }
+};
+
+// Eight P of a thread as operands of PV.
+__device__ __forceinline__ void pack(const float (&x)[8], unsigned* words) {
+    if constexpr (FP8) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) words[r] = pack_fp8(x[2 * r], x[2 * r + 1], x[2 * r + 4], x[2 * r + 5]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = pack_16<DTYPE == FLOAT32 ? BFLOAT16 : DTYPE>(x[2 * i], x[2 * i + 1]);
+    }
+}
+
+// This thread's share of rows `row` and `row + 8` of Q as INT8, and their factors. Whether the rows are finite.
+__device__ __forceinline__ bool quantize_q(const Parameters& p, int batch, int head, int row, int t,
+                                           unsigned (&q)[D / 8], float (&factor)[2]) {
+    bool finite = true;
+    Row raw[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+        raw[r].load(p.q, p.q.row(batch, head, row + 8 * r), row + 8 * r < p.q_len, p.head_dim, t);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float x[SHARE];
+        raw[r].unpack(x);
+        const unsigned bits = max_of_quad(amax_bits(x));
+        finite = finite && bits < INFINITY_BITS;
+        const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
+        const float inverse = copysignf(LARGEST_INT8 / amax, p.scale_log2e);
+        factor[r] = amax / LARGEST_INT8 * fabsf(p.scale_log2e);
+#pragma unroll
+        for (int i = 0; i < SHARE / 4; ++i) {
+            const float* v = x + 4 * i;
+            q[2 * i + r] = pack_int8(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse);
+        }
+    }
+    return finite;
+}
+
+__device__ __forceinline__ void store(const Parameters& p, int batch, int head, int row, int t,
+                                      const float (&o)[V_ROWS / 2], const float (&sum)[2]) {
+    constexpr float largest = DTYPE == FLOAT16 ? 65504.0f : DTYPE == BFLOAT16 ? 0x1.fep127f : 0x1.fffffep127f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (row + 8 * r >= p.q_len) continue;
+        const float inverse = 1.0f / sum[r];
+        char* target = p.out.row(batch, head, row + 8 * r);
+#pragma unroll
+        for (int g = 0; g < D / 32; ++g) {  // 8 adjacent channels, see row_of in quantize.cu
+            float v[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i)  // a mean of V's values cannot pass the largest number, but rounding could
+                v[i] = fminf(fmaxf(o[16 * g + i / 2 * 4 + 2 * r + i % 2] * inverse, -largest), largest);
+            const int channel = 32 * g + 8 * t;
+            if (DTYPE != FLOAT32 && p.out.vectors) {
+                *reinterpret_cast<uint4*>(target + channel * ELEMENT) =
+                    make_uint4(pack_16<DTYPE>(v[0], v[1]), pack_16<DTYPE>(v[2], v[3]), pack_16<DTYPE>(v[4], v[5]),
+                               pack_16<DTYPE>(v[6], v[7]));
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (channel + i >= p.head_dim) continue;
+                    char* address = target + (channel + i) * p.out.channel;
+                    if constexpr (DTYPE == FLOAT32) *reinterpret_cast<float*>(address) = v[i];
+                    else *reinterpret_cast<unsigned short*>(address) = pack_16<DTYPE>(v[i], v[i]);
+                }
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void warpgroup_sync(int consumer) {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
+}
+
+struct Consumer {
+    const Parameters& p;
+    Pipeline k_pipe, v_pipe;
+    int consumer, lane, warp, t;
+    float o[V_ROWS / 2];  // 64 rows x D channels, and the sums of P
+    Softmax softmax;
+    int row, full;   // this thread's first row; tiles from `full` on need a mask
+    bool ready;      // whether the tile needed first was already seen in shared memory
+    int pending;     // tiles summed in registers
+    bool in_shared;  // whether some were moved to shared memory
+
+    __device__ __forceinline__ Consumer(const Parameters& p, unsigned base)
+        : p(p), k_pipe{base}, v_pipe{base}, consumer(threadIdx.x / 128 - 1), lane(threadIdx.x % 32),
+          warp(threadIdx.x / 32 % 4), t(threadIdx.x % 4) {}
+
+    __device__ __forceinline__ unsigned q_shared() const { return k_pipe.base + Shared::q + consumer * 64 * D; }
+
+    __device__ __forceinline__ float4* o_shared() const {
+        return reinterpret_cast<float4*>(memory + Shared::o + consumer * O_BYTES) + threadIdx.x % 128;
+    }
+
+    __device__ __forceinline__ float4 header() const {
+        float4 h;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(h.x), "=f"(h.y), "=f"(h.z), "=f"(h.w) : "r"(k_pipe.k() + K_TILE));
+        return h;
+    }
+
+    __device__ __forceinline__ void release(Pipeline& pipe, unsigned barrier) {
+        if (lane == 0) barrier_arrive(barrier);
+        pipe.advance();
+    }
+
+    __device__ __forceinline__ void multiply_qk(int (&s)[64]) {
+        const Operand q(q_shared(), 64 * 16), k(k_pipe.k(), TILE * 16);
+        multiply_scores<false>(s, q.at(0), k.at(0));
+#pragma unroll
+        for (int i = 1; i < D / 32; ++i) multiply_scores<true>(s, q.at(i * 2 * 64 * 16), k.at(i * 2 * TILE * 16));
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void multiply_pv(const unsigned (&words)[P_WORDS]) {
+        const Operand v(v_pipe.v(), V_ROWS * 16);
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+            multiply_values(o, words + 4 * i, v.at(i * 2 * V_ROWS * 16), i > 0 || pending > 0);
+        wgmma_commit();
+    }
+
+    // Adds what is in shared memory to the registers.
+    __device__ __forceinline__ void collect() {
+        const float4* from = o_shared();
+        const float4 before = from[D / 8 * 128];
+        const float a = exp2_approx(before.x - softmax.reference[0]), b = exp2_approx(before.y - softmax.reference[1]);
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+            const float4 v = from[i * 128];
+            o[4 * i] = fmaf(v.x, a, o[4 * i]), o[4 * i + 1] = fmaf(v.y, a, o[4 * i + 1]);
+            o[4 * i + 2] = fmaf(v.z, b, o[4 * i + 2]), o[4 * i + 3] = fmaf(v.w, b, o[4 * i + 3]);
+        }
+    }
+
+    // After a PV: the sums of its P, and what those of the next count. They are cleared by a zero that the compiler
+    // does not know: a constant would move accumulators to other registers, and it would wait after every wgmma.
+    __device__ __forceinline__ void take_sums(float next_weight) {
+        const float zero = __int_as_float(p.never);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            softmax.sum[r] = fmaf(o[D / 2 + 2 * r], softmax.weight, softmax.sum[r]);
+            o[D / 2 + 2 * r] *= zero;
+            o[D / 2 + 2 * r + 1] *= zero;
+        }
+        softmax.weight = next_weight;
+    }
+
+    // After a PV: its sums to shared memory when they are of many tiles.
+    __device__ __forceinline__ void move_sums() {
+        if constexpr (FP8) {
+            if (++pending < FLUSH) return;
+            if (in_shared) collect();
+            float4* to = o_shared();
+#pragma unroll
+            for (int i = 0; i < D / 8; ++i)
+                to[i * 128] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+            to[D / 8 * 128] = make_float4(softmax.reference[0], softmax.reference[1], 0.0f, 0.0f);
+            in_shared = true;
+            pending = 0;
+        } else {
+            pending = 1;
+        }
+    }
+
+    __device__ __forceinline__ void rescale() {
+        if (softmax.moved) {
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) o[i] *= softmax.rescale[i / 2 % 2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) softmax.sum[r] *= softmax.rescale[r];
+        }
+    }
+
+    // Scores to words of P, eight by eight. The conversions of eight wait for the words of LAG eights before, by a zero
+    // that the compiler does not know: left alone it does all conversions first, and then the special-function unit is
+    // the only one at work.
+    __device__ __forceinline__ void exponentiate(const int (&s)[64], unsigned (&words)[P_WORDS]) const {
+        constexpr int count = P_WORDS / 8;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            int magic = MAGIC_BITS;
+            if (c >= LAG) magic += p.never * words[(c - LAG) * count] + p.never * words[(c - LAG) * count + count - 1];
+            float x[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[i] = softmax.exponential(s[8 * c + i], magic, i / 2 % 2);
+            pack(x, words + c * count);
+        }
+    }
+
+    // Hides the keys that a row does not see: past the end, or after it.
+    __device__ __forceinline__ void mask(int (&s)[64], int tile) const {
+        const int start = tile * TILE + (FP8 ? 4 : 2) * t;  // of this thread's keys
+        int last[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) last[r] = (CAUSAL ? min(p.kv_len - 1, row + 8 * r) : p.kv_len - 1) - start;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+            const int j = i / 4, key = (FP8 ? j / 2 * 16 + j % 2 * 2 : j * 8) + i % 2;
+            if (key > last[i / 2 % 2]) s[i] = HIDDEN;
+        }
+    }
+
+    // The compiler schedules inside basic blocks, where it would move the wait for wgmma in front of the exponentials.
+    // A loop that never runs ends a block.
+    __device__ __forceinline__ void boundary() const {
+        asm volatile(
+            "{.reg .pred again; setp.ne.s32 again, %0, 0; AGAIN: @again st.shared.b32 [%1], %0; @again bra AGAIN;}"
+            ::"r"(p.never), "r"(k_pipe.base));
+    }
+
+    // PV of the tile before, of which `words` are P, and the softmax of this one, of which `next` become P.
+    __device__ __forceinline__ void next_tile(int tile, unsigned (&words)[P_WORDS], unsigned (&next)[P_WORDS]) {
+        int s[64];
+        if constexpr (OVERLAP) {
+            barrier_wait(k_pipe.full_k(), k_pipe.phase, ready);
+            const bool v_ready = barrier_test(v_pipe.full_v(), v_pipe.phase);
+            const float4 scales = header();
+            wgmma_fence();
+            multiply_qk(s);
+            barrier_wait(v_pipe.full_v(), v_pipe.phase, v_ready);
+            multiply_pv(words);
+            wgmma_wait<1>();
+            pin(s);
+            release(k_pipe, k_pipe.empty_k());
+            if (tile >= full) mask(s, tile);
+            softmax.measure(s, scales);
+            exponentiate(s, next);
+            pin(next);
+            boundary();
+            ready = barrier_test(k_pipe.full_k(), k_pipe.phase);
+            wgmma_wait<0>();
+            pin(o);
+            pin(words);
+            release(v_pipe, v_pipe.empty_v());
+            take_sums(scales.z);
+            rescale();
+            move_sums();
+        } else {
+            barrier_wait(v_pipe.full_v(), v_pipe.phase, ready);
+            ready = barrier_test(k_pipe.full_k(), k_pipe.phase);
+            wgmma_fence();
+            multiply_pv(words);
+            barrier_wait(k_pipe.full_k(), k_pipe.phase, ready);
+            const float4 scales = header();
+            wgmma_wait<0>();
+            pin(o);
+            pin(words);
+            release(v_pipe, v_pipe.empty_v());
+            take_sums(scales.z);
+            move_sums();
+            wgmma_fence();
+            multiply_qk(s);
+            wgmma_wait<0>();
+            pin(s);
+            release(k_pipe, k_pipe.empty_k());
+            if (tile >= full) mask(s, tile);
+            softmax.measure(s, scales);
+            rescale();
+            exponentiate(s, next);
+            ready = barrier_test(v_pipe.full_v(), v_pipe.phase);
+        }
+    }
+
+    // Rows of Q into shared memory, in the order of an operand. Whether they are finite.
+    __device__ __forceinline__ bool stage_q(int batch, int head) {
+        unsigned q[D / 8];
+        const bool finite = quantize_q(p, batch, head, row, t, q, softmax.q_factor);
+        const unsigned target = q_shared() + (warp * 16 + lane / 4) * 16 + t * 4;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i)
+            asm volatile("st.shared.b32 [%0], %1;"
+                         ::"r"(target + i / 2 * 64 * 16 + i % 2 * 8 * 16), "r"(q[i]) : "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        warpgroup_sync(consumer);
+        return finite;
+    }
+
+    __device__ __forceinline__ void first_tile(int tile, unsigned (&words)[P_WORDS]) {
+        int s[64];
+        barrier_wait(k_pipe.full_k(), k_pipe.phase);
+        wgmma_fence();
+        multiply_qk(s);
+        const float4 scales = header();
+        wgmma_wait<0>();
+        pin(s);
+        release(k_pipe, k_pipe.empty_k());
+        if (tile >= full) mask(s, tile);
+        softmax.measure(s, scales);
+        exponentiate(s, words);
+        softmax.weight = scales.z;
+    }
+
+    __device__ __forceinline__ void run(const Work& work) {
+        const int batch = work.head / p.heads, head = work.head % p.heads;
+        const int first = work.first_row + consumer * 64 + warp * 16;
+        row = first + lane / 4;
+        full = min(p.kv_len, CAUSAL ? work.first_row + consumer * 64 + 1 : p.kv_len) / TILE;
+        const bool finite = stage_q(batch, head);
+        softmax.start();
+        pending = 0;
+        in_shared = false;
+        ready = false;
+        unsigned words[P_WORDS], next[P_WORDS];
+        first_tile(work.tiles - 1, words);
+        // By two, because P of one tile is still being read when the next one's is written.
+        for (int tile = work.tiles - 2; tile >= 0; tile -= 2) {
+            next_tile(tile, words, next);
+            if (tile == 0) {
+#pragma unroll
+                for (int i = 0; i < P_WORDS; ++i) words[i] = next[i];
+            } else {
+                next_tile(tile - 1, next, words);
+            }
+        }
+        barrier_wait(v_pipe.full_v(), v_pipe.phase);
+        wgmma_fence();
+        multiply_pv(words);
+        wgmma_wait<0>();
+        pin(o);
+        release(v_pipe, v_pipe.empty_v());
+        take_sums(0.0f);
+        if (FP8 && in_shared) collect();
+        store(p, batch, head, row, t, o, softmax.sum);
+        const float unit = fmaxf(softmax.q_factor[0], softmax.q_factor[1]) * softmax.k_scale_max;
+        const bool again = __any_sync(~0u, !(finite && unit <= STEEPEST));  // zero times Inf is NaN
+        if (lane == 0 && first < p.q_len)
+            p.flags[static_cast<int64>(work.head) * ((p.q_len + 15) / 16) + first / 16] = again;
+    }
+};
+
+// Grid: as many blocks as multiprocessors, or as query tiles if these are fewer.
+extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
+    attend(const __grid_constant__ Parameters p) {
+    const unsigned base = shared_address(memory);
+    if (threadIdx.x == 0) {
+        Pipeline pipe{base};
+        for (; pipe.phase == 0; pipe.advance()) {
+            barrier_init(pipe.full_k(), 1);
+            barrier_init(pipe.full_v(), 1);
+            barrier_init(pipe.empty_k(), 4 * CONSUMERS);
+            barrier_init(pipe.empty_v(), 4 * CONSUMERS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    // Registers of the loader's warpgroup go to the others.
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 32 : 24));
+        if (threadIdx.x == 0) load_tiles(p, base);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 160 : 240));
+        Consumer consumer(p, base);
+        for (int turn = 0; turn < turns(p); ++turn) {
+            const Work work(p, turn);
+            if (work.valid) consumer.run(work);
+        }
+    }
+}
