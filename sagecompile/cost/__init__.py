@@ -44,7 +44,8 @@ def predict(site: AttentionSite, format: str, provider: str, device: str, wanted
     A row of a profile was measured for one format, provider, dtype, head dim and causality, with at least
     `min_batch_heads` batch x heads, at several equal lengths. From the shortest length on from which it won by
     `wanted` at every measured one, it is used: that length is the only one compared, so that a symbolic length gets
-    one guard, and none where the kernel wins at no length.
+    one guard, and none where the kernel wins at no length. Lengths that are numbers get the speed-up of the longest
+    measured one that they reach.
     """
     profile = profiles().get(device)
     for row in profile["rows"] if profile else ():
@@ -61,7 +62,10 @@ def predict(site: AttentionSite, format: str, provider: str, device: str, wanted
         if site.batch * site.heads < row["min_batch_heads"]:
             return None
         if site.q_len >= length and site.kv_len >= length:
-            return Prediction(speedup, f"from {length} tokens on, {when}")
+            if not (isinstance(site.q_len, int) and isinstance(site.kv_len, int)):
+                return Prediction(speedup, f"from {length} tokens on, {when}")
+            reached = [entry for entry in speedups if entry[0] <= min(site.q_len, site.kv_len)]
+            return Prediction(reached[-1][1], f"at {reached[-1][0]} tokens, {when}")
         if crossing == 0:
             return None
         return Prediction(speedups[crossing - 1][1], f"below {length} tokens, {when}")
