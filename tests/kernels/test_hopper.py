@@ -10,7 +10,9 @@ import pytest
 import torch
 from support import FAST, TOLERANCE
 
+from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import hopper
+from sagecompile.kernels.hopper import runtime
 
 hopper_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -117,3 +119,22 @@ def test_every_variant_fits_in_shared_memory(monkeypatch, dim, dtype, format, ca
     assert asked["threads"] <= 1024
     hopper._quantize_kernel.__wrapped__(variant, 0)
     assert asked["shared_bytes"] <= 113 * 1024  # two blocks on a multiprocessor
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("format", TOLERANCE)
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, format, causal):
+    """The compiler says so, and then multiplies one after the other, where it finds registers used in a wrong way."""
+    try:
+        if runtime._version() < (12, 8) and (dim, format) == (64, FAST):
+            pytest.skip("NVRTC 12.6 does so; 12.8 and 13.0 do not")
+    except UnsupportedError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    asked = {}
+    monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
+    hopper._attend_kernel.__wrapped__(hopper._variant(dim, torch.bfloat16, format), causal, 0)
+    with caplog.at_level("DEBUG", logger="sagecompile"):
+        runtime.compile_cubin("attention.cu", asked["defines"])
+    assert "registers" in caplog.text and "serialized" not in caplog.text

@@ -477,6 +477,11 @@ struct Consumer {
         in_shared = false;
         ready = false;
         unsigned words[P_WORDS], next[P_WORDS];
+#if __CUDACC_VER_MAJOR__ < 13  // which else defines the accumulators inside the loop, and then waits after every wgmma
+#pragma unroll
+        for (int i = 0; i < V_ROWS / 2; ++i) o[i] = __int_as_float(p.never);
+        pin(o);
+#endif
         first_tile(work.tiles - 1, words);
         // By two, because P of one tile is still being read when the next one's is written.
         for (int tile = work.tiles - 2; tile >= 0; tile -= 2) {
