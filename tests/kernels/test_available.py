@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sagecompile import formats
 from sagecompile.errors import UnsupportedError
-from sagecompile.kernels import available
+from sagecompile.kernels import available, hopper
 from sagecompile.kernels.hopper import runtime
 from sagecompile.report import recording
 from sagecompile.site import AttentionSite, Device
@@ -108,6 +108,7 @@ def test_a_hopper_gpu_without_a_compiler_is_refused_with_what_to_install(monkeyp
 
     monkeypatch.setattr(available, "version", lambda provider: "1.0")
     monkeypatch.setattr(available, "device", lambda name: Device("cuda", "NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(hopper, "_check_limits", lambda *_: None)  # the site's device is the CPU after all
     monkeypatch.setattr(runtime, "_version", no_nvrtc)
     with caplog.at_level(logging.WARNING, logger="sagecompile"):
         reasons = {available.refusal(SITE, "qk_int8_pv_fp8", "hopper", cuda_graphs=False) for _ in range(2)}

@@ -24,14 +24,14 @@ LENGTHS = {
     127: "one less than a block of scales",
     128: "exactly one block",
     129: "one token in the second block",
-    191: "one less than Hopper's 192 query rows at head_dim 64",
+    191: "one less than Hopper's 192 query rows",
     192: "exactly those rows",
     193: "one row past them",
     700: "a prompt; no power of two near",
     1001: "odd, several blocks",
     2047: "one less than whole blocks",
     2048: "whole blocks only: no masked tile unless causal",
-    2049: "17 tiles of keys: one more than Hopper sums in registers",
+    2049: "17 tiles of keys: their sums leave Hopper's registers",
 }
 PAIRS = {
     (1, 2048): "decoding",
@@ -39,7 +39,7 @@ PAIRS = {
     (700, 64): "more queries than keys: causal rows past the last key",
     (129, 1001): "both odd",
     (1001, 1): "one key: the result is V",
-    (193, 4200): "33 tiles of keys and a masked one: sums leave Hopper's registers twice",
+    (193, 4200): "33 tiles of keys and a masked one: sums leave Hopper's registers",
 }
 HEAD_DIMS = {
     1: "the narrowest",
@@ -468,6 +468,17 @@ def test_zero_times_not_finite(attend, format, where, zero):
     given[where][0, 1, 100, 5] = float("inf")
     result = attend(*given, format=format, scale=scale)
     assert error_where_finite(result, expected(*given, scale=scale)) <= TOLERANCE[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_first_a_tile_that_no_row_sees(attend, format):
+    """Equal keys in it have the smallest scale there is, and what is not seen must not become what others relate to."""
+    q, k, v = inputs(q_len=256, kv_len=256, dtype=torch.float16)
+    q.fill_(-2.5)
+    k.zero_()
+    k[:, :, 0], k[:, :, 2] = 1, -1
+    result = attend(q, k, v, format=format, causal=True, scale=0.125)
+    assert error(result, expected(q, k, v, causal=True, scale=0.125)) <= TOLERANCE[format]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,10 +1,10 @@
 """Quantized attention in CUDA C++ for Hopper GPUs (compute capability 9.0), compiled at run time.
 
 In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written.
-Three launches: `quantize_kv` reads K and V once and writes 8-bit tiles, `attend` quantizes Q as it goes and multiplies,
-and the exact kernel repeats the rows that 8 bits cannot hold. CUDA C++ because this needs what Triton does not give:
-several wgmma in flight across a softmax, warpgroups that take turns, and operands kept in registers in the order of the
-accumulators. attention.cu and quantize.cu say how; runtime.py compiles them with what torch brings.
+Three launches: `quantize_kv` reads K and V once and writes tiles, `attend` quantizes Q as it goes and multiplies, and
+the exact kernel repeats the rows that 8 bits cannot hold. CUDA C++ because this needs what Triton does not give: wgmma
+in flight across a softmax, a loader warp beside warpgroups that drift apart, operands kept in registers in the order of
+the accumulators. attention.cu and quantize.cu say how, LOG.md why; runtime.py compiles them with what torch brings.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Schedule(NamedTuple):
 
 
 # The fastest of what was tried for (head_dim, FP8) on one H200: 2 and 3 consumers, with and without overlap, lags of 2,
-# 3 and 8 (none). Three consumers hide each other's waits best, where 160 registers hold all of a row.
+# 3 and 8 (none). Three consumers hide each other's waits best, where 160 registers hold (almost) all of a thread.
 SCHEDULES = {
     (64, True): Schedule(3, True, 2),
     (64, False): Schedule(3, False, 8),
@@ -63,7 +63,6 @@ class Tensor(ctypes.Structure):
         ("data", c_void_p),
         *((name, c_longlong) for name in ("batch", "head", "token", "channel")),
         ("vectors", c_int),
-        ("unused", c_int),
     )
 
 
@@ -86,7 +85,7 @@ class AttendParameters(ctypes.Structure):
         *((name, c_int) for name in ("batch", "heads", "group", "q_len", "kv_len", "head_dim")),
         *((name, c_int) for name in ("row_tiles", "kv_tiles")),
         ("scale_log2e", c_float),
-        ("unused", c_int),
+        ("never", c_int),
     )
 
 
@@ -124,17 +123,22 @@ def attention(
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
     """
     check(q, k, v, out, format, FORMATS, max_head_dim=128)
+    _check_limits(q, k)
     with torch.cuda.device_of(q):
-        quantized = quantize(k, v, format=format)
+        quantized = _quantize(k, v, format)
         _attend(q, k, v, quantized, out, scale=scale, is_causal=is_causal, format=format, overlap=True)
 
 
 def quantize(k: torch.Tensor, v: torch.Tensor, *, format: str) -> torch.Tensor:
-    """The 8-bit tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
-    batch, heads, length, head_dim = k.shape
+    """The tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
+    with torch.cuda.device_of(k):
+        return _quantize(k, v, format)
+
+
+def _quantize(k: torch.Tensor, v: torch.Tensor, format: str) -> torch.Tensor:
+    _, heads, length, head_dim = k.shape
     variant = _variant(head_dim, k.dtype, format)
-    tile_bytes = variant.k_bytes + variant.v_bytes
-    tiles = torch.empty((batch * heads, -(-length // TILE), tile_bytes), dtype=torch.uint8, device=k.device)
+    tiles = torch.empty(_tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
     parameters = QuantizeParameters(
         _tensor(k, variant), _tensor(v, variant), tiles.data_ptr(), heads, length, head_dim, tiles.shape[1]
     )
@@ -156,6 +160,11 @@ def attend(
     format: str,
 ) -> None:
     """`attention` on what `quantize` made of k and v, which are read again only for rows that 8 bits cannot hold."""
+    check(q, k, v, out, format, FORMATS, max_head_dim=128)
+    _check_limits(q, k)
+    shape = _tiles_shape(k, _variant(k.shape[3], k.dtype, format))
+    if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
+        raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
         _attend(q, k, v, quantized, out, scale=scale, is_causal=is_causal, format=format, overlap=False)
 
@@ -173,7 +182,7 @@ def _attend(
     overlap: bool,
 ) -> None:
     """overlap: the kernel before on this stream is `quantize`; what it does not write may be read before it ends."""
-    from sagecompile.kernels.triton.exact import recompute_flagged
+    from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
 
     batch, heads, q_len, head_dim = q.shape
     variant = _variant(head_dim, q.dtype, format)
@@ -190,21 +199,38 @@ def _attend(
     recompute_flagged(q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal)
 
 
+def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
+    """What the kernels count in 32 bits, and that the tensors are where they can be read."""
+    if q.device.type != "cuda":
+        raise ValueError(f"q on {q.device}: hopper needs a CUDA device")
+    if max(q.shape[2], k.shape[2]) > 2**31 - 256 or q.shape[0] * q.shape[1] * (q.shape[2] // 64 + 1) >= 2**31:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}: need fewer than 2^31 tokens and blocks of 64 queries"
+        )
+
+
+def _tiles_shape(k: torch.Tensor, variant: Variant) -> tuple[int, int, int]:
+    return k.shape[0] * k.shape[1], -(-k.shape[2] // TILE), variant.k_bytes + variant.v_bytes
+
+
 def _variant(head_dim: int, dtype: torch.dtype, format: str) -> Variant:
     return Variant(next(width for width in (64, 96, 128) if head_dim <= width), dtype, format == "qk_int8_pv_fp8")
 
 
 def _tensor(x: torch.Tensor, variant: Variant) -> Tensor:
     size = x.element_size()
-    batch, head, token, channel = (stride * size for stride in x.stride())
+    strides = (stride if length > 1 else 0 for length, stride in zip(x.shape[:3], x.stride(), strict=False))
+    batch, head, token = (stride * size for stride in strides)
+    channel = x.stride(3) * size
     vectors = x.shape[3] == variant.head_dim and channel == size and (x.data_ptr() | batch | head | token) % 16 == 0
-    return Tensor(x.data_ptr(), batch, head, token, channel, vectors, 0)
+    return Tensor(x.data_ptr(), batch, head, token, channel, vectors)
 
 
 @cache
 def _quantize_kernel(variant: Variant, device: int) -> Kernel:
+    sizes = {"PARAMETER_BYTES": ctypes.sizeof(QuantizeParameters), "SHARED_BYTES": variant.v_bytes}
     return kernel(
-        "quantize.cu", "quantize_kv", defines=variant.defines(), threads=_QUANTIZE_THREADS,
+        "quantize.cu", "quantize_kv", defines=(*variant.defines(), *sizes.items()), threads=_QUANTIZE_THREADS,
         shared_bytes=variant.v_bytes, device=device,
     )  # fmt: skip
 
@@ -216,10 +242,12 @@ def _attend_kernel(variant: Variant, is_causal: bool, device: int) -> Kernel:
     fixed = consumers * (sums + 64 * variant.head_dim)
     stage = variant.k_bytes + variant.v_bytes + 32
     stages = min(_MOST_STAGES, (_SHARED_LIMIT - fixed) // stage)
+    shared_bytes = fixed + stages * stage
     settings = {"CAUSAL": is_causal, "CONSUMERS": consumers, "STAGES": stages, "OVERLAP": overlap, "LAG": lag}
+    settings |= {"PARAMETER_BYTES": ctypes.sizeof(AttendParameters), "SHARED_BYTES": shared_bytes}
     return kernel(
         "attention.cu", "attend", defines=(*variant.defines(), *settings.items()), threads=128 * (consumers + 1),
-        shared_bytes=fixed + stages * stage, device=device,
+        shared_bytes=shared_bytes, device=device,
     )  # fmt: skip
 
 

@@ -6,8 +6,8 @@
 // copies, and warpgroups of 64 rows each quantize their rows of Q and run FlashAttention-3's loop
 // (https://arxiv.org/abs/2407.08608).
 // Why so, by measurement: the tensor cores are idle half of the time, and what limits is one warp's chain of
-// instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has a column of ones), a
-// maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
+// instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has eight rows of ones more),
+// a maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
 // Compile-time settings besides common.cuh's: CAUSAL, CONSUMERS (warpgroups), STAGES (tiles of K and V in flight),
 // OVERLAP (1: PV and the next QK^T are in flight together, which takes registers), LAG (see exponentiate).
 #include "wgmma.cuh"
@@ -22,6 +22,8 @@ struct Parameters {
     float scale_log2e;
     int never;  // 0, but the compiler cannot know
 };
+
+static_assert(sizeof(Parameters) == PARAMETER_BYTES, "as in __init__.py");
 
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int PARTS = TILE * V_BYTES / 32;  // steps of PV in one tile, of 32 bytes of V each
@@ -50,6 +52,7 @@ struct Shared {
     static constexpr int q = o + CONSUMERS * O_BYTES;
     static constexpr int barriers = q + CONSUMERS * 64 * D;
 };
+static_assert(Shared::barriers + STAGES * 32 == SHARED_BYTES, "as in __init__.py");
 
 extern __shared__ __align__(128) char memory[];
 
@@ -100,7 +103,9 @@ __device__ __forceinline__ void prefetch_q(const Parameters& p, const Work& work
 
 __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
     Pipeline pipe{base};
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // this kernel may start while the tiles are still being written
+    // This kernel may start while the last tiles are still being written. Only here must one wait: no other thread
+    // touches what quantize.cu writes before a tile has come, and what it reads was there before quantize.cu started.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int turn = 0; turn < turns(p); ++turn) {
         const Work work(p, turn);
         if (!work.valid) continue;
@@ -127,7 +132,7 @@ struct Softmax {
     float factor[2], offset[2];  // from a score to its exponent
     float sum[2];    // of P, in float32
     float weight;    // what the P that is multiplied counts in them: one over the scale of V that is in it
-    float k_scale_max;
+    float k_scale_max;  // of the tiles seen; +Inf if one of them cannot be used
     bool moved;  // whether `rescale` is not one for some row of the warp
 
     __device__ __forceinline__ void start() {
@@ -149,7 +154,7 @@ struct Softmax {
         for (int r = 0; r < 2; ++r) {
             top[r] = max(max(max(top[r], top[r + 2]), top[r + 4]), top[r + 6]);
             factor[r] = fmaxf(q_factor[r] * header.x, SMALLEST_FACTOR);
-            largest[r] = fmaf(__int2float_rn(top[r]), factor[r], header.y);
+            largest[r] = fmaf(__int_as_float(top[r] + MAGIC_BITS) - ROUNDING, factor[r], header.y);  // hidden: -Inf
         }
         moved = __any_sync(~0u, largest[0] > reference[0] + SLACK || largest[1] > reference[1] + SLACK);
         if (moved) {
@@ -210,6 +215,13 @@ __device__ __forceinline__ bool quantize_q(const Parameters& p, int batch, int h
     return finite;
 }
 
+// To [-largest, largest]; NaN stays.
+__device__ __forceinline__ float clamp(float x, float largest) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(largest));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-largest));
+    return x;
+}
+
 __device__ __forceinline__ void store(const Parameters& p, int batch, int head, int row, int t,
                                       const float (&o)[V_ROWS / 2], const float (&sum)[2]) {
     constexpr float largest = DTYPE == FLOAT16 ? 65504.0f : DTYPE == BFLOAT16 ? 0x1.fep127f : 0x1.fffffep127f;
@@ -223,7 +235,7 @@ __device__ __forceinline__ void store(const Parameters& p, int batch, int head, 
             float v[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i)  // a mean of V's values cannot pass the largest number, but rounding could
-                v[i] = fminf(fmaxf(o[16 * g + i / 2 * 4 + 2 * r + i % 2] * inverse, -largest), largest);
+                v[i] = clamp(o[16 * g + i / 2 * 4 + 2 * r + i % 2] * inverse, largest);
             const int channel = 32 * g + 8 * t;
             if (DTYPE != FLOAT32 && p.out.vectors) {
                 *reinterpret_cast<uint4*>(target + channel * ELEMENT) =
@@ -254,7 +266,7 @@ struct Consumer {
     Softmax softmax;
     int row, full;   // this thread's first row; tiles from `full` on need a mask
     bool ready;      // whether the tile needed first was already seen in shared memory
-    int pending;     // tiles summed in registers
+    int pending;     // tiles summed in registers; with 16 bits, whether there are any
     bool in_shared;  // whether some were moved to shared memory
 
     __device__ __forceinline__ Consumer(const Parameters& p, unsigned base)
@@ -267,6 +279,7 @@ struct Consumer {
         return reinterpret_cast<float4*>(memory + Shared::o + consumer * O_BYTES) + threadIdx.x % 128;
     }
 
+    // x: k_scale, y: log2_v_scale, z: inverse_v_scale, w: v_limit.
     __device__ __forceinline__ float4 header() const {
         float4 h;
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -442,6 +455,7 @@ struct Consumer {
         unsigned q[D / 8];
         const bool finite = quantize_q(p, batch, head, row, t, q, softmax.q_factor);
         const unsigned target = q_shared() + (warp * 16 + lane / 4) * 16 + t * 4;
+        warpgroup_sync(consumer);  // the tile before is no longer multiplied by any warp
 #pragma unroll
         for (int i = 0; i < D / 8; ++i)
             asm volatile("st.shared.b32 [%0], %1;"
@@ -483,7 +497,7 @@ struct Consumer {
         pin(o);
 #endif
         first_tile(work.tiles - 1, words);
-        // By two, because P of one tile is still being read when the next one's is written.
+        // By two, because with OVERLAP P of one tile is still being read when the next one's is written.
         for (int tile = work.tiles - 2; tile >= 0; tile -= 2) {
             next_tile(tile, words, next);
             if (tile == 0) {

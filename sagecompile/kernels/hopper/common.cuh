@@ -27,10 +27,10 @@ constexpr int V_TILE = TILE * V_ROWS * V_BYTES;
 constexpr int KV_TILE = K_TILE_WITH_HEADER + V_TILE;
 
 struct Header {
-    float k_scale;       // of the INT8 values; +Inf if K of the tile is not finite
-    float log2_v_scale;  // of the FP8 values: it joins the exponent of P, so that a tile may have its own for nothing
-    float inverse_v_scale;
-    float v_limit;  // +Inf if the tile's V is not finite or outside what its format can hold, else 0
+    float k_scale;          // of the INT8 values; +Inf if K of the tile is not finite
+    float log2_v_scale;     // of the FP8 values: it joins the exponent of P, so that a tile's own costs nothing
+    float inverse_v_scale;  // what one P of the tile counts in the sum of its row
+    float v_limit;          // 0; +Inf if V of the tile is not finite, past its format, or so large that it ruins others
 };
 
 constexpr float LARGEST_INT8 = 127.0f;
@@ -94,15 +94,14 @@ struct Tensor {
     char* data;
     int64 batch, head, token, channel;
     int vectors;  // 1: head_dim is HEAD_DIM, channels are adjacent and every row starts at a multiple of 16 bytes
-    int unused;
 
     __device__ __forceinline__ char* row(int b, int h, int64 n) const {
         return data + b * batch + h * head + n * token;
     }
 };
 
-// Thread t of a quad holds SHARE channels of a row: half of them from each half of the head, so that both conventions
-// of RoPE find their pairs in one thread, and in the order in which an INT8 operand lies in the summed dimension:
+// Thread t of a quad holds SHARE channels of a row: half of them from each half of the head, which leaves the pairs of
+// both conventions of RoPE in one thread, and in the order in which an INT8 operand lies in the summed dimension:
 // values [8 * s + 4 * h + i] are its bytes 32 * s + 16 * h + 4 * t + i.
 struct Row {
     unsigned words[SHARE * ELEMENT / 4];

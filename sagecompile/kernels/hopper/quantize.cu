@@ -2,8 +2,9 @@
 //
 // In: k, v with any strides. Out: for each KV head and 128 tokens one block of KV_TILE bytes (common.cuh).
 // K: minus the mean of a sample of its tokens (softmax does not see a vector subtracted from every key), then INT8 with
-// one scale a tile. V: FP8 with one scale a tile, or 16-bit; transposed, as tensor cores want the summed dimension
-// contiguous. Everything is known after one tile is read, so K and V are read once.
+// one scale a tile. V: FP8 with the head's scale, or an outlying tile's own, or 16-bit; transposed, as tensor cores
+// want the summed dimension contiguous. Nothing but a sample is needed of other tiles, so K and V come from memory
+// once; the sample of K, as many tokens as a tile, comes from cache.
 #include "common.cuh"
 
 struct Parameters {
@@ -11,6 +12,9 @@ struct Parameters {
     char* tiles;
     int heads, length, head_dim, count;  // count: tiles of one head
 };
+
+static_assert(sizeof(Parameters) == PARAMETER_BYTES, "as in __init__.py");
+static_assert(V_TILE == SHARED_BYTES && K_TILE <= V_TILE, "as in __init__.py");
 
 constexpr int WARPS = TILE / 8;
 constexpr int SAMPLE = TILE;  // tokens in the mean of K
@@ -31,8 +35,9 @@ __device__ __forceinline__ unsigned max_of_block(unsigned x, unsigned* scratch) 
     return x;
 }
 
-// Where a token is stored in its tile. With FP8, inside each 16, token 4t + 2h + b in row 8h + 2t + b: a thread of the
-// 32-bit result of QK^T holds columns 8h + 2t + b, and the FP8 operand of PV wants 4t + 2h + b there.
+// Where a token of K is stored in its tile; V keeps its order. With FP8, inside each 16, token 4t + 2h + b is in row
+// 8h + 2t + b: a thread of the 32-bit result of QK^T holds columns 8h + 2t + b, and the FP8 operand of PV wants
+// 4t + 2h + b there.
 __device__ __forceinline__ int position_of(int token) {
     if constexpr (!FP8) return token;
     return (token & ~15) | (token >> 1 & 1) << 3 | (token >> 2 & 3) << 1 | (token & 1);
@@ -164,8 +169,8 @@ __device__ __forceinline__ void load_values(const Parameters& p, int batch, int 
     }
 }
 
-// What |V| of the head usually reaches: of evenly spaced tokens, one a warp, the maximum that four of them pass. So
-// neither a few outlying tokens nor many of zeros count.
+// What |V| of the head usually reaches: of 16 evenly spaced tokens, one a warp, the maximum that four of them pass. So
+// neither up to four outlying tokens nor up to eleven of zeros count.
 __device__ __forceinline__ float usual_amax(const Parameters& p, int batch, int head, unsigned* scratch) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const char* row = p.v.row(batch, head, static_cast<int64>(warp) * p.length / WARPS);
@@ -187,7 +192,7 @@ __device__ __forceinline__ float usual_amax(const Parameters& p, int batch, int 
 
 __device__ __forceinline__ void quantize_v(const Parameters& p, int batch, int head, int first, char* tile,
                                            char* staged, unsigned* scratch) {
-    // 4 tokens x 8 channels a thread; a warp has 8 groups of tokens x 4 octets of channels, 64 adjacent bytes a row.
+    // 4 tokens x 8 channels a thread; a warp has 8 groups of tokens x 4 octets of channels, adjacent in a row.
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int token = (warp % 4 * 8 + lane / 4) * 4, channel = (warp / 4 * 4 + lane % 4) * 8;
     float x[4][8] = {};
@@ -197,14 +202,14 @@ __device__ __forceinline__ void quantize_v(const Parameters& p, int batch, int h
     for (int n = 0; n < 4; ++n) largest = max(largest, amax_bits(x[n]));
     const unsigned bits = max_of_block(largest, scratch);
     const float amax = __uint_as_float(bits);
-    // What 8 (16) bits can hold; the largest float32 numbers round to infinity in bfloat16.
-    bool fine = bits < (DTYPE == FLOAT32 && !FP8 ? 0x7f7f8000u : INFINITY_BITS);
+    // What 8 (16) bits can hold: bfloat16 of more than 2^100 could overflow where many are summed, P being up to 2^8.
+    bool fine = bits < (DTYPE == FLOAT16 || FP8 ? INFINITY_BITS : 0x71800000u);
     float scale = 1.0f;
     if constexpr (FP8) {
         const float usual = usual_amax(p, batch, head, scratch + WARPS) * (HEADROOM / LARGEST_FP8);
         scale = fmaxf(fmaxf(amax / LARGEST_FP8, usual), SMALLEST_V_SCALE);
-        fine = fine && amax <= LARGEST_V && (bits == 0 || amax >= SMALLEST_V) && scale <= MOST_OUTLYING * usual &&
-               usual <= LARGEST_V;
+        const bool in_range = amax >= SMALLEST_V && amax <= LARGEST_V && scale <= MOST_OUTLYING * usual;
+        fine = fine && (bits == 0 || in_range) && usual <= LARGEST_V;
     }
     const float inverse = 1.0f / scale;
     char* target = staged + token / CHUNK_TOKENS * (V_ROWS * 16) + token % CHUNK_TOKENS * V_BYTES;

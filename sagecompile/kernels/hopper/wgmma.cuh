@@ -1,4 +1,5 @@
-// Warpgroup matrix multiply and the barriers around it. A is in registers, B in shared memory without a swizzle.
+// Warpgroup matrix multiply and the barriers around it. P is in registers, all other operands are in shared memory,
+// without a swizzle.
 #pragma once
 #include "common.cuh"
 
@@ -65,8 +66,9 @@ __device__ __forceinline__ void pin(T (&r)[count], int first = 0, int last = cou
     }
 }
 
-#define REGISTERS_32 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define REGISTERS_32                                     \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define REGISTERS_36 REGISTERS_32 ",%32,%33,%34,%35"
 #define REGISTERS_52 REGISTERS_36 ",%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51"
 #define REGISTERS_64 REGISTERS_52 ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
