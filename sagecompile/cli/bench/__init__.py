@@ -110,8 +110,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=_integers, default=[512, 1024, 2048, 4096], help="comma-separated")
-    parser.add_argument("--head-dims", type=_integers, default=[64, 128], help="comma-separated")
+    parser.add_argument("--lengths", type=_integers, default=[512, 1024, 2048, 4096], help="default 512,1024,2048,4096")
+    parser.add_argument("--head-dims", type=_integers, default=[64, 128], help="default 64,128")
     parser.add_argument("--heads", type=_positive, default=None, help="default: 2048 / head_dim on a GPU, 8 on a CPU")
     parser.add_argument(
         "--tokens", type=_positive, default=None, help="in all; default 16384 on a GPU, 1 sequence on a CPU"
@@ -131,7 +131,7 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
         "stay the same, so small ones are read from the cache; what cannot be captured is timed eagerly and marked so",
     )
     timing.add_argument("--eager", dest="graph", action="store_false", help="time with launches")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for one shape, about; default 1")
+    parser.add_argument("--seconds", type=_seconds, default=1.0, help="of timing for one shape, about; default 1")
 
 
 def _integers(text: str) -> list[int]:
@@ -145,8 +145,19 @@ def _integers(text: str) -> list[int]:
 
 
 def _positive(text: str) -> int:
-    (number,) = _integers(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: needs one number from 1 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text}: needs a number above 0 and at most 3600, such as 0.5")
+    return seconds
 
 
 class _names:

@@ -78,13 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{HEADER}  {'what':24} {'us':>10} {'ratio':>6} {'error':>7} timed  decisions")
         for shape in shapes(arguments, device):
             with or_left_out(str(shape)):
-                for row in time_block(shape, arguments.rope, device, graph, arguments.reference):
+                for row in time_block(shape, arguments.rope, device, graph, arguments.reference, arguments.seconds):
                     found["rows"].append(row)
                     print(_render(shape, row), flush=True)
     return 0
 
 
-def time_block(shape: Shape, rope: str, device: torch.device, graph: bool, reference: bool) -> Iterator[dict[str, Any]]:
+def time_block(
+    shape: Shape, rope: str, device: torch.device, graph: bool, reference: bool, budget_s: float
+) -> Iterator[dict[str, Any]]:
     """One row a backend and its options; the error is against the same block in float32, eager."""
     q, k, v = inputs(shape, device, tokens_first=True)
 
@@ -99,7 +101,7 @@ def time_block(shape: Shape, rope: str, device: torch.device, graph: bool, refer
     exact = block(**arguments(torch.float32))
     ways = compile_each(block.to(q.dtype), arguments(q.dtype), reference)
     calls = {name: way.call for name, way in ways.items()}
-    measured = measure(calls, device, graph, lambda out: relative_error(out, exact))
+    measured = measure(calls, device, graph, lambda out: relative_error(out, exact), budget_s=budget_s)
     for row in rows(ways, measured):
         yield shape.to_dict() | {"rope": rope} | row
 
