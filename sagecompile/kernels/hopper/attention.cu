@@ -397,6 +397,22 @@ struct Consumer {
             ::"r"(p.never), "r"(k_pipe.base));
     }
 
+    // QK of the tile is done: its stage is free, its scores are masked and in the softmax's maxima.
+    __device__ __forceinline__ void take_scores(int (&s)[64], int tile, float4 scales) {
+        pin(s);
+        release(k_pipe, k_pipe.empty_k());
+        if (tile >= full) mask(s, tile);
+        softmax.measure(s, scales);
+    }
+
+    // PV of a tile is done: its stage is free, o and the registers of P may be used.
+    __device__ __forceinline__ void take_pv(unsigned (&words)[P_WORDS], float next_weight) {
+        pin(o);
+        pin(words);
+        release(v_pipe, v_pipe.empty_v());
+        take_sums(next_weight);
+    }
+
     // PV of the tile before, of which `words` are P, and the softmax of this one, of which `next` become P.
     __device__ __forceinline__ void next_tile(int tile, unsigned (&words)[P_WORDS], unsigned (&next)[P_WORDS]) {
         int s[64];
@@ -409,19 +425,13 @@ struct Consumer {
             barrier_wait(v_pipe.full_v(), v_pipe.phase, v_ready);
             multiply_pv(words);
             wgmma_wait<1>();
-            pin(s);
-            release(k_pipe, k_pipe.empty_k());
-            if (tile >= full) mask(s, tile);
-            softmax.measure(s, scales);
+            take_scores(s, tile, scales);
             exponentiate(s, next);
             pin(next);
             boundary();
             ready = barrier_test(k_pipe.full_k(), k_pipe.phase);
             wgmma_wait<0>();
-            pin(o);
-            pin(words);
-            release(v_pipe, v_pipe.empty_v());
-            take_sums(scales.z);
+            take_pv(words, scales.z);
             rescale();
             move_sums();
         } else {
@@ -432,18 +442,12 @@ struct Consumer {
             barrier_wait(k_pipe.full_k(), k_pipe.phase, ready);
             const float4 scales = header();
             wgmma_wait<0>();
-            pin(o);
-            pin(words);
-            release(v_pipe, v_pipe.empty_v());
-            take_sums(scales.z);
+            take_pv(words, scales.z);
             move_sums();
             wgmma_fence();
             multiply_qk(s);
             wgmma_wait<0>();
-            pin(s);
-            release(k_pipe, k_pipe.empty_k());
-            if (tile >= full) mask(s, tile);
-            softmax.measure(s, scales);
+            take_scores(s, tile, scales);
             rescale();
             exponentiate(s, next);
             ready = barrier_test(v_pipe.full_v(), v_pipe.phase);
@@ -472,10 +476,7 @@ struct Consumer {
         multiply_qk(s);
         const float4 scales = header();
         wgmma_wait<0>();
-        pin(s);
-        release(k_pipe, k_pipe.empty_k());
-        if (tile >= full) mask(s, tile);
-        softmax.measure(s, scales);
+        take_scores(s, tile, scales);
         exponentiate(s, words);
         softmax.weight = scales.z;
     }
@@ -511,9 +512,7 @@ struct Consumer {
         wgmma_fence();
         multiply_pv(words);
         wgmma_wait<0>();
-        pin(o);
-        release(v_pipe, v_pipe.empty_v());
-        take_sums(0.0f);
+        take_pv(words, 0.0f);
         if (FP8 && in_shared) collect();
         store(p, batch, head, row, t, o, softmax.sum);
         const float unit = fmaxf(softmax.q_factor[0], softmax.q_factor[1]) * softmax.k_scale_max;

@@ -1,4 +1,4 @@
-// K and V once from memory into 8-bit tiles in the order that attention.cu multiplies them.
+// K and V once from memory into tiles in the order that attention.cu multiplies them.
 //
 // In: k, v with any strides. Out: for each KV head and 128 tokens one block of KV_TILE bytes (common.cuh).
 // K: minus the mean of a sample of its tokens (softmax does not see a vector subtracted from every key), then INT8 with

@@ -58,9 +58,9 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // The compiler must not move a use of these registers above this line.
 template <int count, class T>
-__device__ __forceinline__ void pin(T (&r)[count], int first = 0, int last = count) {
+__device__ __forceinline__ void pin(T (&r)[count]) {
 #pragma unroll
-    for (int i = first; i < last; ++i) {
+    for (int i = 0; i < count; ++i) {
         if constexpr (T(0.5) != T(0)) asm volatile("" : "+f"(r[i])::"memory");
         else asm volatile("" : "+r"(r[i])::"memory");
     }
