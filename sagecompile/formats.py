@@ -42,6 +42,8 @@ class Provider:
     formats: tuple[str, ...]
     compute_capability: tuple[int, int] | None = None
     """The only one of CUDA devices that it runs on; None: all of its formats' own."""
+    prologues: bool = False
+    """Whether it can apply RMSNorm and RoPE to Q and K as it reads them, see kernels/prologue.py."""
 
 
 _COMMON = {
@@ -76,10 +78,10 @@ FORMATS: dict[str, Format] = {
 PROVIDERS: dict[str, Provider] = {
     row.name: row
     for row in (
-        Provider("hopper", "our CUDA C++ kernels for compute capability 9.0", ("cuda",), tuple(FORMATS), (9, 0)),
+        Provider("hopper", "our CUDA C++ kernels for compute capability 9.0", ("cuda",), tuple(FORMATS), (9, 0), True),
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
         Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",)),
-        Provider("reference", "plain torch: the specification, not fast", ("cpu",), tuple(FORMATS)),
+        Provider("reference", "plain torch: the specification, not fast", ("cpu",), tuple(FORMATS), prologues=True),
     )
 }

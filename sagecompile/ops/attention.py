@@ -3,6 +3,8 @@
 In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides, never modified. Out: a new (B, H, Nq, D) tensor, in memory
 (B, Nq, H, D) if `tokens_first`, as SDPA's fused kernels return it. It launches on the current stream of the tensors'
 own device, asks the device nothing and waits for nothing, so that it can be captured in a CUDA graph.
+`qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
+kernels/prologue.py says.
 """
 
 from __future__ import annotations
@@ -17,17 +19,22 @@ import torch.nn.functional as F
 from sagecompile import kernels
 from sagecompile.errors import UnsupportedError
 from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.kernels.prologue import ROPES, Prologue
 
 from . import reference
 
-SCHEMA = (
-    "attention(Tensor q, Tensor k, Tensor v, *, float? scale, bool is_causal, str format, str provider, "
-    "bool tokens_first) -> Tensor"
-)
+_HOW = "float? scale, bool is_causal, str format, str provider, bool tokens_first"
+SCHEMAS = {
+    "attention": f"(Tensor q, Tensor k, Tensor v, *, {_HOW}) -> Tensor",
+    "qk_norm_rope_attention": "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+    f"Tensor? sin, *, float? q_eps, float? k_eps, str q_rope, str k_rope, {_HOW}) -> Tensor",
+}
 library = torch.library.Library("sagecompile", "DEF")
-# flexible_layout: any input strides will do, so Inductor need not copy to keep the eager ones.
-library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+for _name, _schema in SCHEMAS.items():
+    # flexible_layout: any input strides will do, so Inductor need not copy to keep the eager ones.
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 attention = torch.ops.sagecompile.attention
+qk_norm_rope_attention = torch.ops.sagecompile.qk_norm_rope_attention
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, format: str, provider: str) -> None:
@@ -52,6 +59,35 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, format: str, provi
         raise UnsupportedError(f"devices {q.device}, {k.device}, {v.device}: needs one")
 
 
+def _check_prologue(x: torch.Tensor, name: str, prologue: Prologue) -> None:
+    """Raise UnsupportedError for a prologue that does not fit its tensor, `q` or `k`."""
+    batch, _, length, head_dim = x.shape
+    weight, cos, sin = prologue.weight, prologue.cos, prologue.sin
+    if prologue.rope not in ROPES:
+        raise UnsupportedError(f"{name}_rope {prologue.rope!r}: known are {', '.join(ROPES)}")
+    if weight is not None and prologue.eps is None:
+        raise UnsupportedError(f"{name}_weight without {name}_eps: needs both, or no weight")
+    if weight is not None and weight.shape != (head_dim,):
+        raise UnsupportedError(f"{name}_weight {tuple(weight.shape)}: needs ({head_dim},), a weight a channel")
+    if prologue.rope != "none":
+        if cos is None or sin is None:
+            raise UnsupportedError(f"{name}_rope {prologue.rope!r}: needs cos and sin")
+        if head_dim % 2:
+            raise UnsupportedError(f"head_dim {head_dim}: {name}_rope {prologue.rope!r} needs an even one")
+        if cos.shape not in ((1, length, head_dim), (batch, length, head_dim)) or sin.shape != cos.shape:
+            raise UnsupportedError(
+                f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)}: {name} needs ({batch}, {length}, {head_dim}), "
+                f"or 1 for {batch}, of both"
+            )
+        if sin.dtype != cos.dtype:
+            raise UnsupportedError(f"cos {cos.dtype} and sin {sin.dtype}: needs one dtype")
+    for what, given in ((f"{name}_weight", weight), ("cos", cos), ("sin", sin)):
+        if given is not None and not given.is_floating_point():
+            raise UnsupportedError(f"{what} {given.dtype}: needs a floating dtype")
+        if given is not None and given.device != x.device:
+            raise UnsupportedError(f"{what} on {given.device}: needs {name}'s device, {x.device}")
+
+
 def _empty(q: torch.Tensor, tokens_first: bool) -> torch.Tensor:
     """The output, for the op and its fake alike."""
     batch, heads, q_len, head_dim = q.shape
@@ -62,6 +98,29 @@ def _empty(q: torch.Tensor, tokens_first: bool) -> torch.Tensor:
 
 def _launcher(provider: str) -> Callable[..., None]:
     return reference.attention if provider == "reference" else kernels.launcher(provider)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    is_causal: bool,
+    format: str,
+    provider: str,
+    tokens_first: bool,
+    **prologues: Prologue | None,
+) -> torch.Tensor:
+    """Of checked arguments; only a provider that has prologues is given any."""
+    out = _empty(q, tokens_first)
+    scale = scale if scale is not None else 1 / math.sqrt(max(1, q.shape[3]))
+    if q.numel() == 0:
+        return out
+    if k.shape[2] == 0:
+        return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
+    with torch.autocast(q.device.type, enabled=False):  # it would round the exact INT8 products of the reference
+        _launcher(provider)(q, k, v, out, scale=scale, is_causal=is_causal, format=format, **prologues)
+    return out
 
 
 @torch.library.impl(library, "attention", "CompositeExplicitAutograd")
@@ -77,21 +136,45 @@ def _attention(
     tokens_first: bool,
 ) -> torch.Tensor:
     _check(q, k, v, format, provider)
-    out = _empty(q, tokens_first)
-    scale = scale if scale is not None else 1 / math.sqrt(max(1, q.shape[3]))
-    if q.numel() == 0:
-        return out
-    if k.shape[2] == 0:
-        return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
-    with torch.autocast(q.device.type, enabled=False):  # it would round the exact INT8 products of the reference
-        _launcher(provider)(q, k, v, out, scale=scale, is_causal=is_causal, format=format)
-    return out
+    return _attend(q, k, v, scale, is_causal, format, provider, tokens_first)
 
 
-@torch.library.register_fake("sagecompile::attention", lib=library)
-def _attention_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, format: str, provider: str, tokens_first: bool, **_: Any
+@torch.library.impl(library, "qk_norm_rope_attention", "CompositeExplicitAutograd")
+def _qk_norm_rope_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    *,
+    q_eps: float | None,
+    k_eps: float | None,
+    q_rope: str,
+    k_rope: str,
+    scale: float | None,
+    is_causal: bool,
+    format: str,
+    provider: str,
+    tokens_first: bool,
 ) -> torch.Tensor:
+    _check(q, k, v, format, provider)
+    if not PROVIDERS[provider].prologues:
+        able = ", ".join(row.name for row in PROVIDERS.values() if row.prologues)
+        raise UnsupportedError(f"provider {provider!r}: RMSNorm and RoPE of q and k need one of {able}")
+    if q_rope == k_rope == "none" and not (cos is None and sin is None):
+        raise UnsupportedError("cos and sin without q_rope or k_rope: needs one of them other than 'none'")
+    prologues: dict[str, Prologue | None] = {}
+    for name, x, eps, weight, rope in (("q", q, q_eps, q_weight, q_rope), ("k", k, k_eps, k_weight, k_rope)):
+        tables = {} if rope == "none" else {"cos": cos, "sin": sin}
+        prologue = Prologue(eps, weight, rope, **tables)
+        _check_prologue(x, name, prologue)
+        prologues[f"{name}_prologue"] = None if eps is None and rope == "none" else prologue
+    return _attend(q, k, v, scale, is_causal, format, provider, tokens_first, **prologues)
+
+
+def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tensor:
     return _empty(q, tokens_first)
 
 
@@ -102,4 +185,6 @@ def _no_backward(ctx: Any, grad: torch.Tensor) -> Any:
     )
 
 
-torch.library.register_autograd("sagecompile::attention", _no_backward, lib=library)
+for _name in SCHEMAS:
+    torch.library.register_fake(f"sagecompile::{_name}", _fake, lib=library)
+    torch.library.register_autograd(f"sagecompile::{_name}", _no_backward, lib=library)

@@ -2,6 +2,7 @@
 
 In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides. Out: `out` (B, H, Nq, D), wholly written. INT8 products are
 exact, memory is bounded by working on slices of the queries, and heads that INT8 cannot hold are computed by SDPA.
+What a prologue makes of q or k is rounded to its dtype, as the graph's own lines would.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from sagecompile.kernels.prologue import Prologue
 
 from . import quantize
 
@@ -29,8 +32,14 @@ def attention(
     scale: float,
     is_causal: bool,
     format: str,
+    q_prologue: Prologue | None = None,
+    k_prologue: Prologue | None = None,
 ) -> None:
     """Write softmax(q k^T * scale) v into `out`; `is_causal` lets query i see the keys j <= i."""
+    if q_prologue is not None:
+        q = q_prologue.apply(q).to(q.dtype)
+    if k_prologue is not None:
+        k = k_prologue.apply(k).to(k.dtype)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads

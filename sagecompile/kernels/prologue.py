@@ -1,0 +1,50 @@
+"""What stands between a projection and attention, for kernels that do it as they read Q or K: RMSNorm, then RoPE.
+
+In: a tensor (B, H, N, D) as the projection leaves it. Out: what attention multiplies. The computation is in float32,
+without the rounding to 16 bits that the same lines outside a kernel make between their steps.
+RoPE: Su et al., RoFormer, arXiv:2104.09864; RMSNorm: Zhang and Sennrich, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ROPES = ("none", "half", "interleaved")
+"""Which channel turns with channel i: none; i + D/2 (Transformers' Llama); the other of (2i, 2i + 1) (diffusers)."""
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """Of Q or of K: x / sqrt(mean(x^2) + eps) * weight over each head, then x * cos + turned(x) * sin."""
+
+    eps: float | None = None
+    """None: no norm."""
+    weight: torch.Tensor | None = None
+    """(D,), any floating dtype; None: ones."""
+    rope: str = "none"
+    """One of `ROPES`."""
+    cos: torch.Tensor | None = None
+    """(1 or B, N, D), any floating dtype, of the tokens of the tensor; with `rope` only. So is `sin`."""
+    sin: torch.Tensor | None = None
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, H, N, D) to the same in float32: the specification."""
+        x = x.float()
+        if self.eps is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+            x = x if self.weight is None else x * self.weight.float()
+        if self.rope == "none":
+            return x
+        assert self.cos is not None and self.sin is not None
+        return x * self.cos.float().unsqueeze(1) + turned(x, self.rope) * self.sin.float().unsqueeze(1)
+
+
+def turned(x: torch.Tensor, rope: str) -> torch.Tensor:
+    """Each channel's partner, negated in the first of the two."""
+    if rope == "half":
+        first, second = x.chunk(2, -1)
+        return torch.cat((-second, first), -1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((-second, first), -1).flatten(-2)
