@@ -29,9 +29,11 @@ def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision]) -> Report:
     """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision."""
     matches = find(gm.graph)
     decided = [(match, decide(match.site)) for match in matches]
-    rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
+    done = iter(rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)]))
     for graph in with_subgraphs(gm.graph):
         shield_softmax(graph)
         if graph.owning_module is not None:
             graph.owning_module.recompile()
-    return Report(tuple(Entry(match.site, decision) for match, decision in decided))
+    return Report(
+        tuple(Entry(match.site, next(done) if isinstance(decision, Use) else decision) for match, decision in decided)
+    )

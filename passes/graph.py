@@ -51,6 +51,13 @@ def tensor(node: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def holds_tensors(node: Any) -> bool:
+    """Whether a node stands for one tensor, or for a list of them as `chunk` and `unbind` make it."""
+    found = value(node)
+    items = found if isinstance(found, (tuple, list)) and found else (found,)
+    return all(isinstance(item, torch.Tensor) for item in items)
+
+
 def name_of(target: Any) -> str:
     """`softmax` for torch.softmax, F.softmax and the method alike."""
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
@@ -134,7 +141,7 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that matter. Dynamo leaves in the graph what the model computed and threw away."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        pure = node.op in ("call_function", "call_method") and not mutates(node) and tensor(node) is not None
+        pure = node.op in ("call_function", "call_method") and not mutates(node) and holds_tensors(node)
         if not pure or any(user in live for user in node.users):
             live.add(node)
     return live

@@ -7,49 +7,73 @@ any more. The op is a torch.library op with plain arguments, so AOTAutograd's an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 import sagecompile.ops  # noqa: F401  (registers torch.ops.sagecompile)
 from sagecompile.decide import Use
+from sagecompile.formats import PROVIDERS
 
+from . import prologue
 from .graph import Builder, erase_dead, tensor
 from .pattern import Match
+from .prologue import Prologue
 
 
-def rewrite(used: Sequence[tuple[Match, Use]]) -> None:
-    """Replace each match's anchor by the op of its decision, in the graph that it is in."""
-    for match, use in used:
-        build = Builder(match.anchor)
-        result = match.emit(build, _attend(match, use))
-        old, new = tensor(match.anchor), tensor(result)
-        assert old is not None and new is not None
-        assert [str(size) for size in old.shape] == [str(size) for size in new.shape], (
-            match.site,
-            old.shape,
-            new.shape,
-        )
-        match.anchor.replace_all_uses_with(result)
+def rewrite(used: Sequence[tuple[Match, Use]]) -> list[Use]:
+    """Replace each match's anchor by the op of its decision, in the graph that it is in; return what was done."""
+    done = [_replace(match, use) for match, use in used]
     for graph in {match.anchor.graph: None for match, _ in used}:
         erase_dead(graph, [match.anchor for match, _ in used if match.anchor.graph is graph])
         graph.lint()
+    return done
 
 
-def _attend(match: Match, use: Use):  # type: ignore[no-untyped-def]  # returns match.Attend
-    site = match.site
+def _replace(match: Match, use: Use) -> Use:
+    """One anchor; the decision comes back with what else was fused."""
+    fused = ""
 
     def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-        return build.call(
-            torch.ops.sagecompile.attention.default,
-            q,
-            k,
-            v,
-            scale=site.scale,
-            is_causal=site.is_causal,
-            format=use.format,
-            provider=use.provider,
-            tokens_first=match.tokens_first,
-        )
+        nonlocal fused
+        how = {
+            "scale": match.site.scale,
+            "is_causal": match.site.is_causal,
+            "format": use.format,
+            "provider": use.provider,
+            "tokens_first": match.tokens_first,
+        }
+        if PROVIDERS[use.provider].prologues:
+            q_made, k_made = prologue.recognise(q, k, match.site, use.format, match.anchor)
+            fused = prologue.describe(q_made, k_made)
+            if fused:
+                return _attend_from_projections(build, q_made, k_made, v, how)
+        return build.call(torch.ops.sagecompile.attention.default, q, k, v, **how)
 
-    return attend
+    result = match.emit(Builder(match.anchor), attend)
+    old, new = tensor(match.anchor), tensor(result)
+    assert old is not None and new is not None
+    assert [str(size) for size in old.shape] == [str(size) for size in new.shape], (match.site, old.shape, new.shape)
+    match.anchor.replace_all_uses_with(result)
+    return replace(use, fused=fused)
+
+
+def _attend_from_projections(build: Builder, q: Prologue, k: Prologue, v: fx.Node, how: dict[str, Any]) -> fx.Node:
+    cos, sin = [prologue.emit_table(build, table) for table in q.tables or k.tables] or (None, None)
+    return build.call(
+        torch.ops.sagecompile.qk_norm_rope_attention.default,
+        q.source.emit(build, q.source.dtype),
+        k.source.emit(build, k.source.dtype),
+        v,
+        q.weight,
+        k.weight,
+        cos,
+        sin,
+        q_eps=q.eps,
+        k_eps=k.eps,
+        q_rope=q.rope,
+        k_rope=k.rope,
+        **how,
+    )

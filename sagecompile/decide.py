@@ -23,12 +23,15 @@ class Use:
     provider: str
     prediction: Prediction | None = None
     """What `auto` went by; None under `always`, which asks for no measurement."""
+    fused: str = ""
+    """What the kernel does besides attention, as the rewritten graph says: `QK-norm and RoPE`."""
 
     @property
     def reason(self) -> str:
-        if self.prediction is None:
-            return "policy=always"
-        return f"{self.prediction.speedup:.2f}x predicted ({self.prediction.basis})"
+        why = "policy=always"
+        if self.prediction is not None:
+            why = f"{self.prediction.speedup:.2f}x predicted ({self.prediction.basis})"
+        return f"{why}; {self.fused} fused" if self.fused else why
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Entry:
             prediction = self.decision.prediction
             decision |= {"format": self.decision.format, "provider": self.decision.provider}
             decision["predicted_speedup"] = prediction.speedup if prediction else None
+            decision["fused"] = self.decision.fused or None
         return {"site": self.site.to_dict(), "decision": decision}
 
 

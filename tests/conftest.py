@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from support import exact_attention
+
+from sagecompile.ops import reference
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +33,15 @@ def no_grad() -> Iterator[None]:
     """For modules, whose parameters need a gradient otherwise: `@pytest.mark.usefixtures("no_grad")`."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference without quantization, in float64, so that any other error shows, be it small."""
+
+    def exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, **how: Any) -> None:
+        prologues = how.get("q_prologue"), how.get("k_prologue")
+        q, k = (x if p is None else p.apply(x) for x, p in zip((q, k), prologues, strict=True))
+        out.copy_(exact_attention(q, k, v, scale=how["scale"], is_causal=how["is_causal"]))
+
+    monkeypatch.setattr(reference, "attention", exactly)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "report": {"decide", "site"},
     "kernels": {"errors", "formats", "site"},
     "ops": {"errors", "formats", "kernels"},
-    "passes": {"decide", "ops", "report", "site"},
+    "passes": {"decide", "formats", "ops", "report", "site"},
     "backend": {"decide", "dump", "kernels", "passes", "report", "settings", "site"},
     "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
 }

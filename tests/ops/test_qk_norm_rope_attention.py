@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.formats import PROVIDERS
-from sagecompile.ops import attention, qk_norm_rope_attention, reference
+from sagecompile.ops import attention, qk_norm_rope_attention
 
 B, H, KV, N, D = 2, 4, 2, 63, 64
 ROPES = ("none", "half", "interleaved")
@@ -56,17 +56,6 @@ def roped(x: Tensor, rope: str, cos: Tensor, sin: Tensor) -> Tensor:
         out[..., a] = x[..., a] * cos[..., a] - x[..., b] * sin[..., a]
         out[..., b] = x[..., b] * cos[..., b] + x[..., a] * sin[..., b]
     return out
-
-
-@pytest.fixture
-def not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference in float64, so that a small error shows."""
-
-    def exactly(q: Tensor, k: Tensor, v: Tensor, out: Tensor, **how: Any) -> None:
-        q, k = (x if p is None else p.apply(x) for x, p in ((q, how["q_prologue"]), (k, how["k_prologue"])))
-        out.copy_(exact_attention(q, k, v, scale=how["scale"], is_causal=how["is_causal"]))
-
-    monkeypatch.setattr(reference, "attention", exactly)
 
 
 @pytest.mark.usefixtures("not_quantized")
