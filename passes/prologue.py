@@ -1,8 +1,8 @@
 """Recognise the RMSNorm and RoPE that make q or k out of its projection, for kernels that do them as they read it.
 
 In: q and k of a site, (batch, heads, tokens, head_dim). Out: a Prologue each: what memory holds, and what is still to
-be done to it. Whatever is not exactly understood is left to the graph, which is always right. Nothing is fused either
-where that saves no memory traffic: if others read the result too, or if memory does not hold what it is made of.
+be done to it. Whatever is not exactly understood is left to the graph, which is always right; so is what would save
+no memory traffic, because others read the result too, or because memory does not hold what it is made of.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _functional_norm(node: fx.Node) -> tuple[fx.Node, float, fx.Node | None] | N
         return None
     shape, weight = argument(node, 1, "normalized_shape"), argument(node, 2, "weight")
     eps = argument(node, 3, "eps")
-    if [str(size) for size in shape] != _sizes(node)[-1:]:
+    if not isinstance(shape, (tuple, list)) or [str(size) for size in shape] != _sizes(node)[-1:]:
         return None
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     return (_uncast(argument(node, 0, "input")), eps, weight) if _is_number(eps) else None
@@ -298,10 +298,10 @@ def _rope(given: Operand) -> tuple[Operand, str, tuple[Operand, ...]] | None:
 
 def _tables(cos: Any, sin: Any, x: Operand) -> tuple[Operand, ...]:
     """cos and sin, alike and the same for all heads; else ()."""
-    found = tensor(cos)
-    if found is None or _sizes(cos) != _sizes(sin) or found.dtype != sin.meta["example_value"].dtype:
+    seen, other = tensor(cos), tensor(sin)
+    if seen is None or other is None or _sizes(cos) != _sizes(sin) or seen.dtype != other.dtype:
         return ()
-    sizes = [*["1"] * (4 - found.dim()), *_sizes(cos)]
+    sizes = [*["1"] * (4 - seen.dim()), *_sizes(cos)]
     batch, heads, tokens, head_dim = (sizes[dim] for dim in x.order)
     wanted = [str(size) for size in x.sizes]
     if batch not in ("1", wanted[0]) or heads != "1" or [tokens, head_dim] != wanted[2:]:

@@ -78,7 +78,14 @@ FORMATS: dict[str, Format] = {
 PROVIDERS: dict[str, Provider] = {
     row.name: row
     for row in (
-        Provider("hopper", "our CUDA C++ kernels for compute capability 9.0", ("cuda",), tuple(FORMATS), (9, 0), True),
+        Provider(
+            "hopper",
+            "our CUDA C++ kernels for compute capability 9.0",
+            ("cuda",),
+            tuple(FORMATS),
+            (9, 0),
+            prologues=True,
+        ),
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
         Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",)),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers.models.gemma.modeling_gemma as gemma
 import transformers.models.llama.modeling_llama as llama
 from diffusers.models.embeddings import apply_rotary_emb
-from support import FAST, TOLERANCE, compiled, detached, relative_error, rewritten
+from support import EXACT, FAST, TOLERANCE, compiled, detached, relative_error, rewritten
 from torch import Tensor, nn
 
 from sagecompile.cli.bench.block import Block, angles
@@ -136,6 +136,7 @@ NOT_NORMS: dict[str, Callable[[], nn.Module]] = {
     "a weight for each head": lambda: Spelled(
         lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, True) + EPS) * w[:H, None]
     ),
+    "of one channel": lambda: Spelled(lambda x, w: (y := x[..., :1]) * torch.rsqrt(y.pow(2).mean(-1, True) + EPS) * w),
     "weight added": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, True) + EPS) + w),
     "float64 inside": lambda: Spelled(lambda x, w: F.rms_norm(x.double(), (D,), w.double(), EPS).float()),
     "bfloat16 inside": lambda: Spelled(lambda x, w: F.rms_norm(x.bfloat16(), (D,), w.bfloat16(), EPS).float()),
@@ -227,6 +228,8 @@ NOT_ROPES: dict[str, Make] = {
     "tables that depend on the head": lambda x, c, s: (
         x * torch.stack([c, s, c, s], 2) + halves(x) * torch.stack([s, c, s, c], 2)
     ),
+    "a factor for all": lambda x, c, s: x * c[0, 0, 0] + halves(x) * 0.5,
+    "a table of one and a table of the other shape": heads_first(lambda x, c, s: x * c + halves(x) * s[:, None]),
     "one position for all": lambda x, c, s: turn(x, c[:, :1], s[:, :1], halves(x)),
     "one angle for all channels": lambda x, c, s: turn(x, c[..., :1], s[..., :1], halves(x)),
     "tables in float64": lambda x, c, s: turn(x, c.double(), s.double(), halves(x)).float(),
@@ -338,6 +341,17 @@ def test_softmax_spelled_out() -> None:
 
 
 @pytest.mark.usefixtures("not_quantized")
+def test_inside_a_checkpointed_block() -> None:
+    def model(*args: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(both, *args, use_reentrant=False)  # type: ignore[no-any-return]
+
+    args = given()
+    actual, backend = rewritten(model, *args, formats=(FAST,))
+    assert [entry.decision.fused for entry in backend.report.used] == [ALL]
+    assert relative_error(actual, both(*args)) < 1e-5
+
+
+@pytest.mark.usefixtures("not_quantized")
 def test_q_and_k_each_for_itself() -> None:
     q, k, v, wq, wk, cos, sin = given()
     assert fused(lambda q, k, v: attend(made(q, wq, cos, sin), k, v), q, k, v) == "Q-norm and Q-RoPE"
@@ -370,6 +384,25 @@ def test_q_and_k_of_other_tables() -> None:
         return attend(turn(q, both[0], both[1], pairs(q)), turn(k, both[1], both[0], pairs(k)), v)
 
     assert fused(views_of_one_table, *projected(), torch.stack(tables())) == "Q-RoPE"
+
+
+@pytest.mark.usefixtures("not_quantized")
+def test_a_cast_reads_only_a_dtype_of_its_second_tensor() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
+        other = v.exp()
+        return attend(normed(q, wq).type_as(other), normed(k, wk).to(other), v), other
+
+    assert fused(model, *projected(EPS**0.5), *weights()) == "QK-norm"
+
+
+@pytest.mark.usefixtures("not_quantized")
+def test_a_projection_in_a_wider_dtype() -> None:
+    """The kernel would read it twice as wide, and attention has one dtype."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor) -> Tensor:
+        return attend(normed(q, wq).bfloat16(), normed(k, wk).bfloat16(), v.bfloat16())
+
+    assert fused(model, *projected(EPS**0.5), *weights(), error=EXACT[torch.bfloat16]) == ""
 
 
 READERS: dict[str, Callable[[dict[str, Tensor], Tensor], Any]] = {
