@@ -1,7 +1,8 @@
 """What only Hopper's kernels have: quantization apart from attention, and exact rows where others stay quantized.
 
 Everything that Triton's kernels promise as well is in test_gpu_attention.py.
-In: K and V quantized once. Out: bit for bit the same as the two together; how far a value that is not finite reaches.
+In: K and V quantized once; projections that RMSNorm and RoPE still have to be applied to. Out: bit for bit the same as
+the two together; how far a value that is not finite reaches; the same as with norm and RoPE in front, within the error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from support import FAST, TOLERANCE
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import hopper
 from sagecompile.kernels.hopper import runtime
+from sagecompile.kernels.prologue import Prologue
 
 hopper_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -105,6 +107,148 @@ class TestExactRows:
         assert not changed.any()
 
 
+def tables(batch, length, dim, dtype):
+    """cos and sin of turns that differ in every channel, so that a wrong channel or a swapped half shows."""
+    turns = torch.rand(batch, length, dim, device="cuda") * 6.3
+    return turns.cos().to(dtype), turns.sin().to(dtype)
+
+
+def error(out, q, k, v, prologues, *, causal):
+    """Relative L2, against float64 with the prologues in front."""
+    q, k = (Prologue.apply(prologue, x).double() for prologue, x in zip(prologues, (q, k), strict=True))
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * 0.1
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device="cuda").triu(1), float("-inf"))
+    expected = scores.softmax(-1) @ v
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def fused(q, k, v, prologues, *, causal, format):
+    out = torch.full_like(q, float("nan"))
+    how = {"scale": 0.1, "is_causal": causal, "format": format}
+    hopper.attention(q, k, v, out, **how, q_prologue=prologues[0], k_prologue=prologues[1])
+    return out
+
+
+@pytest.mark.gpu
+@hopper_gpu
+class TestPrologue:
+    @pytest.mark.parametrize(
+        ("norm", "rope", "table"),
+        [
+            ("none", "half", "same"),
+            ("none", "interleaved", "float32"),
+            ("plain", "none", "same"),
+            ("weight", "half", "same"),
+            ("weight", "interleaved", "float32"),
+            ("float32 weight", "half", "float32"),
+        ],
+    )
+    @pytest.mark.parametrize("dim", [64, 96, 128])
+    @pytest.mark.parametrize("format", TOLERANCE)
+    def test_against_float64(self, format, dim, norm, rope, table):
+        """700 tokens are no multiple of a tile; a bias makes K worth smoothing; the tables differ by sequence."""
+        q, k, v = inputs(dim=dim)
+        k = k + torch.randn(dim, device="cuda").to(k.dtype)
+        cos, sin = tables(2, 700, dim, torch.float32 if table == "float32" else q.dtype)
+        weights = torch.rand(2, dim, device="cuda").add(0.5).to(torch.float32 if "32" in norm else q.dtype)
+        prologues = [
+            Prologue(
+                None if norm == "none" else 1e-6, weight if "weight" in norm else None, rope,
+                *((cos, sin) if rope != "none" else (None, None)),
+            )
+            for weight in weights
+        ]  # fmt: skip
+        out = fused(q, k, v, prologues, causal=dim == 64, format=format)
+        assert error(out, q, k, v, prologues, causal=dim == 64) <= TOLERANCE[format]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("length", [1, 9, 127, 129, 1001])
+    @pytest.mark.parametrize("format", TOLERANCE)
+    def test_lengths_and_dtypes(self, format, length, dtype):
+        """One table for all sequences, of a wider tensor: its rows are not adjacent."""
+        q, k, v = inputs(length, length, 128, DTYPES[dtype])
+        cos, sin = (x[..., :128] for x in tables(1, length, 256, torch.float32))
+        prologues = [Prologue(1e-5, None, "half", cos, sin)] * 2
+        out = fused(q, k, v, prologues, causal=False, format=format)
+        assert error(out, q, k, v, prologues, causal=False) <= TOLERANCE[format]
+
+    @pytest.mark.parametrize("which", range(2), ids="qk")
+    def test_of_one_alone(self, which):
+        q, k, v = inputs(129, 700, 64)
+        cos, sin = tables(1, (129, 700)[which], 64, torch.float32)
+        prologues = [Prologue(), Prologue()]
+        prologues[which] = Prologue(1e-6, None, "interleaved", cos, sin)
+        out = fused(q, k, v, prologues, causal=False, format=FAST)
+        assert error(out, q, k, v, prologues, causal=False) <= TOLERANCE[FAST]
+
+    def test_of_tensors_that_are_not_aligned(self):
+        """Channels apart, tables and a weight that start between multiples of 16 bytes."""
+        q, k, v = inputs(dim=64)
+        q = q.transpose(2, 3).contiguous().transpose(2, 3)
+        cos, sin = (x[..., 1:] for x in tables(1, 700, 65, torch.float32))
+        prologues = [Prologue(1e-6, torch.randn(65, device="cuda")[1:], "half", cos, sin)] * 2
+        out = fused(q, k, v, prologues, causal=True, format=FAST)
+        assert error(out, q, k, v, prologues, causal=True) <= TOLERANCE[FAST]
+
+    @pytest.mark.parametrize("rope", ["half", "interleaved"])
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("dim", [64, 96, 128])
+    def test_exact_rows(self, dim, causal, rope):
+        """Steep scores after the norm: what INT8 cannot hold is as right as SDPA, which also rounds to 16 bits."""
+        q, k, v = inputs(dim=dim, dtype=torch.float16)
+        cos, sin = tables(2, 700, dim, torch.float16)
+        weight = torch.full((dim,), 24.0, device="cuda", dtype=torch.float16)
+        prologues = [Prologue(1e-6, weight, rope, cos, sin)] * 2
+        out = fused(q, k, v, prologues, causal=causal, format=FAST)
+        assert error(out, q, k, v, prologues, causal=causal) <= 0.02
+
+    def test_not_finite(self):
+        """A NaN in a row of Q is that row's, one in K everybody's; a NaN in a table likewise."""
+        q, k, v = inputs(dim=128)
+        cos, sin = tables(1, 700, 128, torch.float32)
+        prologues = [Prologue(1e-6, None, "half", cos, sin)] * 2
+        q[1, 2, 300, 7] = float("nan")
+        out = fused(q, k, v, prologues, causal=True, format=FAST)
+        assert out[1, 2, 300].isnan().all() and int(out.isnan().any(-1).sum()) == 1
+        cos[0, 500, 3] = float("nan")
+        out = fused(q, k, v, prologues, causal=True, format=FAST)
+        assert not out[:, :, 500:].isfinite().any() and out[0, :, :500].isfinite().all()
+
+    def test_narrow_heads_are_refused(self):
+        q, k, v = inputs(dim=40)
+        with pytest.raises(ValueError, match="head_dim 40: a prologue needs 64, 96 or 128"):
+            fused(q, k, v, [Prologue(1e-6), None], causal=False, format=FAST)
+
+
+class TestCut:
+    """How rows of Q become tiles of blocks."""
+
+    @pytest.mark.parametrize("consumers", [2, 3])
+    @pytest.mark.parametrize("q_len", [1, 63, 64, 65, 128, 192, 193, 320, 700, 1024, 2048, 8192, 10001])
+    @pytest.mark.parametrize("heads", [1, 7, 32, 256])
+    def test_covers_every_row_once(self, heads, q_len, consumers):
+        rows = 64 * consumers
+        for cut in (hopper.even(q_len, consumers), hopper.cut_rows(q_len, heads, consumers, 132)):
+            starts = [i * rows for i in range(cut.whole)]
+            starts += [cut.whole * rows + i * cut.tail_rows for i in range(cut.tiles - cut.whole)]
+            ends = [start + rows for start in starts[: cut.whole]] + [
+                min(q_len, start + cut.tail_rows) for start in starts[cut.whole :]
+            ]
+            assert starts == [0, *ends[:-1]] and ends[-1] == q_len
+            assert cut.tail_rows % 64 == 0 and 0 < cut.tail_rows <= rows
+
+    def test_the_last_round_is_filled(self):
+        """43 tiles of 32 heads are 10.4 rounds of 132 blocks: smaller ones at the end take less than an 11th."""
+        cut = hopper.cut_rows(8192, 32, 3, 132)
+        assert cut.tail_rows < 192 and 32 * cut.whole <= 10 * 132
+
+
+NO_PROLOGUE = hopper._prepare(None, torch.empty(1, 1, 1, 64), hopper.Variant(64, torch.bfloat16, True)).defines
+NORM_AND_ROPE = (("NORM", 1), ("WEIGHT", 1), ("ROPE", 1), ("TABLE", 1))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("format", TOLERANCE)
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -114,17 +258,19 @@ def test_every_variant_fits_in_shared_memory(monkeypatch, dim, dtype, format, ca
     asked = {}
     monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
     variant = hopper._variant(dim, dtype, format)
-    hopper._attend_kernel.__wrapped__(variant, causal, 0)
+    hopper._attend_kernel.__wrapped__(variant, causal, NO_PROLOGUE, 0)
     assert asked["shared_bytes"] <= 227 * 1024 and dict(asked["defines"])["STAGES"] >= 2
     assert asked["threads"] <= 1024
-    hopper._quantize_kernel.__wrapped__(variant, 0)
-    assert asked["shared_bytes"] <= 113 * 1024  # two blocks on a multiprocessor
+    hopper._quantize_kernel.__wrapped__(variant, NO_PROLOGUE, 0)
+    blocks = 1 if dtype == torch.float32 else 2  # on a multiprocessor, each with 10 KiB of static shared memory
+    assert asked["shared_bytes"] <= 227 * 1024 // blocks - 10 * 1024
 
 
+@pytest.mark.parametrize("prologue", [NO_PROLOGUE, NORM_AND_ROPE])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("format", TOLERANCE)
 @pytest.mark.parametrize("dim", [64, 96, 128])
-def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, format, causal):
+def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, format, causal, prologue):
     """The compiler says so, and then multiplies one after the other, where it finds registers used in a wrong way."""
     try:
         if runtime._version() < (12, 8) and (dim, format) == (64, FAST):
@@ -134,7 +280,7 @@ def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     asked = {}
     monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
-    hopper._attend_kernel.__wrapped__(hopper._variant(dim, torch.bfloat16, format), causal, 0)
+    hopper._attend_kernel.__wrapped__(hopper._variant(dim, torch.bfloat16, format), causal, prologue, 0)
     with caplog.at_level("DEBUG", logger="sagecompile"):
         runtime.compile_cubin("attention.cu", asked["defines"])
     assert "registers" in caplog.text and "serialized" not in caplog.text

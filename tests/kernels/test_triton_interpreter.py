@@ -34,14 +34,19 @@ CASES = {
     "Inf in V": (1, 2, 2, 70, 70, 64, "float16", True, {"poison": ("v", 40, float("inf"))}),
     "Inf in K": (1, 2, 2, 70, 70, 64, "float32", True, {"poison": ("k", 10, float("inf"))}),
 }
-# For every 16 rows a flag. name: (B, Hq, Hkv, Nq, Nk, D, dtype, causal, flagged (query head of all, row))
+PLAIN = (False, False, "none")
+# For every 16 rows a flag. name: (B, Hq, Hkv, Nq, Nk, D, dtype, causal, flagged (query head of all, row), prologue):
+# the prologue of both Q and K is (RMSNorm, with a weight, RoPE)
 FLAGGED = {
-    "one of two tiles": (1, 2, 1, 128, 70, 64, "float16", False, [(1, 20)]),
-    "the last rows, fewer than 16": (1, 2, 2, 133, 70, 40, "float16", True, [(0, 132)]),
-    "tiles of 32 in float32": (1, 1, 1, 100, 130, 96, "float32", True, [(0, 40), (0, 99)]),
-    "heads of several sequences": (2, 4, 2, 70, 33, 64, "bfloat16", False, [(0, 0), (5, 69), (7, 15), (7, 16)]),
-    "one row in all": (3, 1, 1, 1, 9, 8, "float32", True, [(1, 0)]),
-    "none": (1, 2, 2, 100, 70, 64, "float16", True, []),
+    "one of two tiles": (1, 2, 1, 128, 70, 64, "float16", False, [(1, 20)], PLAIN),
+    "the last rows, fewer than 16": (1, 2, 2, 133, 70, 40, "float16", True, [(0, 132)], PLAIN),
+    "tiles of 32 in float32": (1, 1, 1, 100, 130, 96, "float32", True, [(0, 40), (0, 99)], PLAIN),
+    "heads of several sequences": (2, 4, 2, 70, 33, 64, "bfloat16", False, [(0, 0), (5, 69), (7, 16)], PLAIN),
+    "one row in all": (3, 1, 1, 1, 9, 8, "float32", True, [(1, 0)], PLAIN),
+    "RoPE by halves": (2, 2, 1, 70, 70, 96, "bfloat16", False, [(3, 69)], (False, False, "half")),
+    "RMSNorm and RoPE by pairs": (2, 2, 2, 70, 70, 64, "float16", True, [(3, 2)], (True, True, "interleaved")),
+    "RMSNorm without a weight": (1, 1, 1, 70, 70, 64, "float32", False, [(0, 2)], (True, False, "none")),
+    "none": (1, 2, 2, 100, 70, 64, "float16", True, [], PLAIN),
 }
 LIMITS = {"qk_int8_pv_fp16": 0.02, "qk_int8_pv_fp8": 0.045}
 
@@ -131,9 +136,10 @@ def run_flagged(case: str) -> dict[str, float | bool]:
     """In the interpreter's process: the error of the tiles with a flag, whether all others are as they were."""
     import torch
 
+    from sagecompile.kernels.prologue import Prologue
     from sagecompile.kernels.triton.exact import recompute_flagged
 
-    batch, q_heads, kv_heads, q_len, kv_len, dim, dtype, causal, flagged = FLAGGED[case]
+    batch, q_heads, kv_heads, q_len, kv_len, dim, dtype, causal, flagged, (norm, weighted, rope) = FLAGGED[case]
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(batch, heads, length, dim).to(getattr(torch, dtype))
@@ -146,7 +152,12 @@ def run_flagged(case: str) -> dict[str, float | bool]:
     for head, row in flagged:
         flags[head, row // 16] = 1
         exact[head, row // tile * tile : (row // tile + 1) * tile] = True
-    recompute_flagged(q, k, v, out, flags, flag_rows=16, scale=dim**-0.5, is_causal=causal)
+    turns = torch.rand(batch, q_len, dim) * 6.3
+    turned = {"rope": rope, "cos": turns.cos(), "sin": turns.sin()} if rope != "none" else {}
+    prologue = Prologue(1e-6 if norm else None, torch.randn(dim).to(q.dtype) if weighted else None, **turned)
+    how = {"scale": dim**-0.5, "is_causal": causal, "q_prologue": prologue, "k_prologue": prologue}
+    recompute_flagged(q, k, v, out, flags, flag_rows=16, **how)
+    q, k = prologue.apply(q), prologue.apply(k)
     exact = exact.view(batch, q_heads, q_len)
     k, v = (x.double().repeat_interleave(q_heads // kv_heads, 1) for x in (k, v))
     scores = q.double() @ k.mT * dim**-0.5

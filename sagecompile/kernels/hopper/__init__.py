@@ -19,8 +19,9 @@ import torch
 
 import sagecompile.formats as formats
 from sagecompile.kernels.check import check
+from sagecompile.kernels.prologue import ROPES, Prologue
 
-from .runtime import Kernel, kernel
+from .runtime import Defines, Kernel, kernel
 
 FORMATS = formats.PROVIDERS["hopper"].formats
 
@@ -30,10 +31,11 @@ FLAG_ROWS = 16
 """Rows of the output that share one flag."""
 LOG2E = math.log2(math.e)
 
-_QUANTIZE_THREADS = 512
+_QUANTIZE_THREADS, _QUANTIZE_STAGES = 512, 2
 _SHARED_LIMIT = 227 * 1024
-_MOST_STAGES = 4
+_MOST_STAGES, _TURNS = 4, 8
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_NO_WEIGHT = 3
 
 
 class Schedule(NamedTuple):
@@ -66,13 +68,24 @@ class Tensor(ctypes.Structure):
     )
 
 
+class PrologueParameters(ctypes.Structure):
+    """Prologue in prologue.cuh; strides in bytes."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "cos", "sin")),
+        *((name, c_longlong) for name in ("batch", "token")),
+        ("eps", c_float),
+    )
+
+
 class QuantizeParameters(ctypes.Structure):
     """As in quantize.cu."""
 
     _fields_ = (
         *((name, Tensor) for name in ("k", "v")),
+        ("prologue", PrologueParameters),
         ("tiles", c_void_p),
-        *((name, c_int) for name in ("heads", "length", "head_dim", "count")),
+        *((name, c_int) for name in ("heads", "length", "head_dim", "count", "all")),
     )
 
 
@@ -81,9 +94,10 @@ class AttendParameters(ctypes.Structure):
 
     _fields_ = (
         *((name, Tensor) for name in ("q", "out")),
+        ("prologue", PrologueParameters),
         *((name, c_void_p) for name in ("tiles", "flags")),
         *((name, c_int) for name in ("batch", "heads", "group", "q_len", "kv_len", "head_dim")),
-        *((name, c_int) for name in ("row_tiles", "kv_tiles")),
+        *((name, c_int) for name in ("row_tiles", "whole_tiles", "tail_rows", "kv_tiles")),
         ("scale_log2e", c_float),
         ("never", c_int),
     )
@@ -100,7 +114,7 @@ class Variant(NamedTuple):
     @property
     def k_bytes(self) -> int:
         """Of one tile of K with its header."""
-        return TILE * self.head_dim + 128
+        return self.head_dim // 16 * (TILE * 16 + 16) + 128
 
     @property
     def v_bytes(self) -> int:
@@ -115,36 +129,61 @@ class Variant(NamedTuple):
         return (("HEAD_DIM", self.head_dim), ("DTYPE", _DTYPES[self.dtype]), ("FP8", self.fp8))
 
 
+class _Prepared(NamedTuple):
+    """A prologue as the kernels take it; `tensors` keeps alive what it points to."""
+
+    parameters: PrologueParameters
+    defines: Defines
+    tensors: tuple[torch.Tensor, ...]
+
+
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool, format: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    format: str,
+    q_prologue: Prologue | None = None,
+    k_prologue: Prologue | None = None,
 ) -> None:
     """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
 
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
+    A prologue is applied to q or k as they are read; with one, D must be 64, 96 or 128.
     """
     check(q, k, v, out, format, FORMATS, max_head_dim=128)
     _check_limits(q, k)
     with torch.cuda.device_of(q):
-        quantized = _quantize(k, v, format)
-        _attend(q, k, v, quantized, out, scale=scale, is_causal=is_causal, format=format, overlap=True)
+        quantized = _quantize(k, v, k_prologue, format)
+        _attend(
+            q, k, v, quantized, out, q_prologue, k_prologue,
+            scale=scale, is_causal=is_causal, format=format, overlap=True,
+        )  # fmt: skip
 
 
 def quantize(k: torch.Tensor, v: torch.Tensor, *, format: str) -> torch.Tensor:
     """The tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
     with torch.cuda.device_of(k):
-        return _quantize(k, v, format)
+        return _quantize(k, v, None, format)
 
 
-def _quantize(k: torch.Tensor, v: torch.Tensor, format: str) -> torch.Tensor:
+def _quantize(k: torch.Tensor, v: torch.Tensor, prologue: Prologue | None, format: str) -> torch.Tensor:
     _, heads, length, head_dim = k.shape
     variant = _variant(head_dim, k.dtype, format)
     tiles = torch.empty(_tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
+    prepared = _prepare(prologue, k, variant)
+    count = tiles.shape[0] * tiles.shape[1]
     parameters = QuantizeParameters(
-        _tensor(k, variant), _tensor(v, variant), tiles.data_ptr(), heads, length, head_dim, tiles.shape[1]
-    )
+        _tensor(k, variant), _tensor(v, variant), prepared.parameters, tiles.data_ptr(),
+        heads, length, head_dim, tiles.shape[1], count,
+    )  # fmt: skip
     index = k.device.index
-    grid = (tiles.shape[0] * tiles.shape[1], 2, 1)
-    _quantize_kernel(variant, index)(grid, parameters, torch.cuda.current_stream(index).cuda_stream)
+    grid = (min(count, _multiprocessors(index)), 2, 1)
+    run = _quantize_kernel(variant, prepared.defines, index)
+    run(grid, parameters, torch.cuda.current_stream(index).cuda_stream)
     return tiles
 
 
@@ -166,7 +205,7 @@ def attend(
     if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
         raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
-        _attend(q, k, v, quantized, out, scale=scale, is_causal=is_causal, format=format, overlap=False)
+        _attend(q, k, v, quantized, out, None, None, scale=scale, is_causal=is_causal, format=format, overlap=False)
 
 
 def _attend(
@@ -175,6 +214,8 @@ def _attend(
     v: torch.Tensor,
     quantized: torch.Tensor,
     out: torch.Tensor,
+    q_prologue: Prologue | None,
+    k_prologue: Prologue | None,
     *,
     scale: float,
     is_causal: bool,
@@ -187,16 +228,104 @@ def _attend(
     batch, heads, q_len, head_dim = q.shape
     variant = _variant(head_dim, q.dtype, format)
     flags = torch.empty((batch * heads, -(-q_len // FLAG_ROWS)), dtype=torch.int32, device=q.device)
-    row_tiles = -(-q_len // (64 * variant.schedule.consumers))
-    parameters = AttendParameters(
-        _tensor(q, variant), _tensor(out, variant), quantized.data_ptr(), flags.data_ptr(),
-        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, row_tiles, quantized.shape[1], scale * LOG2E, 0,
-    )  # fmt: skip
     index = q.device.index
-    blocks = min(batch * heads * row_tiles, _multiprocessors(index))
+    consumers, processors = variant.schedule.consumers, _multiprocessors(index)
+    cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
+    prepared = _prepare(q_prologue, q, variant)
+    parameters = AttendParameters(
+        _tensor(q, variant), _tensor(out, variant), prepared.parameters, quantized.data_ptr(), flags.data_ptr(),
+        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, *cut, quantized.shape[1], scale * LOG2E, 0,
+    )  # fmt: skip
+    blocks = min(batch * heads * cut.tiles, processors)
     stream = torch.cuda.current_stream(index).cuda_stream
-    _attend_kernel(variant, is_causal, index)(blocks, parameters, stream, overlap=overlap)
-    recompute_flagged(q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal)
+    run = _attend_kernel(variant, is_causal, prepared.defines, index)
+    run(blocks, parameters, stream, overlap=overlap)
+    recompute_flagged(
+        q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
+        q_prologue=q_prologue, k_prologue=k_prologue,
+    )  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """How one head's rows of Q become tiles: `whole` ones of all consumers' rows, then smaller ones."""
+
+    tiles: int
+    whole: int
+    tail_rows: int
+
+
+# A tile of 1, 2 or 3 warpgroups' rows takes about so much of the time of a whole one, as measured on one H200: fewer
+# warpgroups have the tensor cores and the special-function units for themselves.
+_COSTS = {2: (0.96, 1.0), 3: (0.63, 0.79, 1.0)}
+
+
+def even(q_len: int, consumers: int) -> Cut:
+    """Whole tiles, of which the last one may have fewer rows."""
+    rows = 64 * consumers
+    return Cut(-(-q_len // rows), q_len // rows, rows)
+
+
+@cache
+def cut_rows(q_len: int, heads: int, consumers: int, processors: int) -> Cut:
+    """The cut with which the last block is done first, by simulating how tiles go round over the blocks."""
+    rows = 64 * consumers
+    costs = _COSTS[consumers]
+    best, best_time = even(q_len, consumers), math.inf
+    most = q_len // rows
+    for whole in range(most, max(-1, most - 3), -1):
+        rest = q_len - whole * rows
+        for units in range(consumers, 0, -1) if rest else (consumers,):
+            tails = -(-rest // (64 * units))
+            left = -(-rest // 64)  # warpgroups' rows in all tails of a head
+            tail_costs = [costs[min(units, left - i * units) - 1] for i in range(tails)]
+            times = _finish(heads * whole, tail_costs, heads, processors)
+            if times < best_time - 1e-9:
+                best, best_time = Cut(whole + tails, whole, 64 * units), times
+    return best
+
+
+def _finish(whole: int, tail_costs: list[float], heads: int, processors: int) -> float:
+    """When the last of `processors` blocks is done: tile i goes to block i % processors, whole ones (cost 1) first."""
+    busy = [float(whole // processors + (i < whole % processors)) for i in range(processors)]
+    for i in range(heads * len(tail_costs)):
+        busy[(whole + i) % processors] += tail_costs[i % len(tail_costs)]
+    return max(busy)
+
+
+def _prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> _Prepared:
+    """As the kernels that read x take it; ValueError where they cannot."""
+    prologue = prologue or Prologue()
+    weight = None if prologue.eps is None else prologue.weight
+    tables = [table for table in (prologue.cos, prologue.sin) if table is not None] if prologue.rope != "none" else []
+    if x.shape[3] != variant.head_dim and (prologue.eps is not None or tables):
+        raise ValueError(f"head_dim {x.shape[3]}: a prologue needs 64, 96 or 128")
+    tensors = [_aligned(tensor) for tensor in (weight, *tables) if tensor is not None]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    if weight is None:
+        pointers.insert(0, 0)
+    batch = token = 0
+    if tables:
+        cos, sin = tensors[-2:]
+        if cos.shape != sin.shape or cos.stride() != sin.stride() or cos.dtype != sin.dtype:
+            raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: need one layout")
+        batch = cos.stride(0) * cos.element_size() if cos.shape[0] > 1 else 0
+        token = cos.stride(1) * cos.element_size()
+    defines = (
+        ("NORM", prologue.eps is not None),
+        ("WEIGHT", _NO_WEIGHT if weight is None else _DTYPES[weight.dtype]),
+        ("ROPE", ROPES.index(prologue.rope)),
+        ("TABLE", _DTYPES[tables[0].dtype] if tables else 0),
+    )
+    parameters = PrologueParameters(*pointers, *(0,) * (3 - len(pointers)), batch, token, prologue.eps or 0.0)
+    return _Prepared(parameters, defines, tuple(tensors))
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy in which every row starts at a multiple of 16 bytes with adjacent channels."""
+    size = x.element_size()
+    strides = [stride * size for length, stride in zip(x.shape[:-1], x.stride(), strict=False) if length > 1]
+    fine = x.stride(-1) == 1 and all(byte % 16 == 0 for byte in (x.data_ptr(), *strides))
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
@@ -227,27 +356,29 @@ def _tensor(x: torch.Tensor, variant: Variant) -> Tensor:
 
 
 @cache
-def _quantize_kernel(variant: Variant, device: int) -> Kernel:
-    sizes = {"PARAMETER_BYTES": ctypes.sizeof(QuantizeParameters), "SHARED_BYTES": variant.v_bytes}
+def _quantize_kernel(variant: Variant, prologue: Defines, device: int) -> Kernel:
+    shared_bytes = max(variant.k_bytes - 128, variant.v_bytes)
+    shared_bytes += _QUANTIZE_STAGES * _QUANTIZE_THREADS * 32 * variant.dtype.itemsize
+    sizes = {"PARAMETER_BYTES": ctypes.sizeof(QuantizeParameters), "SHARED_BYTES": shared_bytes}
     return kernel(
-        "quantize.cu", "quantize_kv", defines=(*variant.defines(), *sizes.items()), threads=_QUANTIZE_THREADS,
-        shared_bytes=variant.v_bytes, device=device,
+        "quantize.cu", "quantize_kv", defines=(*variant.defines(), *prologue, *sizes.items()),
+        threads=_QUANTIZE_THREADS, shared_bytes=shared_bytes, device=device,
     )  # fmt: skip
 
 
 @cache
-def _attend_kernel(variant: Variant, is_causal: bool, device: int) -> Kernel:
+def _attend_kernel(variant: Variant, is_causal: bool, prologue: Defines, device: int) -> Kernel:
     consumers, overlap, lag = variant.schedule
-    sums = 64 * (variant.head_dim + 8) * 4 if variant.fp8 else 0
-    fixed = consumers * (sums + 64 * variant.head_dim)
+    own = 64 * ((variant.head_dim + 8) * 4 if variant.fp8 else variant.head_dim * variant.dtype.itemsize)
+    fixed = consumers * (own + variant.head_dim // 16 * (64 * 16 + 16)) + _TURNS * 32
     stage = variant.k_bytes + variant.v_bytes + 32
     stages = min(_MOST_STAGES, (_SHARED_LIMIT - fixed) // stage)
     shared_bytes = fixed + stages * stage
     settings = {"CAUSAL": is_causal, "CONSUMERS": consumers, "STAGES": stages, "OVERLAP": overlap, "LAG": lag}
     settings |= {"PARAMETER_BYTES": ctypes.sizeof(AttendParameters), "SHARED_BYTES": shared_bytes}
     return kernel(
-        "attention.cu", "attend", defines=(*variant.defines(), *settings.items()), threads=128 * (consumers + 1),
-        shared_bytes=shared_bytes, device=device,
+        "attention.cu", "attend", defines=(*variant.defines(), *prologue, *settings.items()),
+        threads=128 * (consumers + 1), shared_bytes=shared_bytes, device=device,
     )  # fmt: skip
 
 

@@ -3,22 +3,25 @@
 // In: q with any strides, the tiles of K and V. Out: out, wholly written, and for every 16 rows whether they must be
 // computed again without quantization.
 // One block of threads a multiprocessor takes query tiles one after the other: a loader warp brings K and V by bulk
-// copies, and warpgroups of 64 rows each quantize their rows of Q and run FlashAttention-3's loop
-// (https://arxiv.org/abs/2407.08608).
+// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for) and run
+// FlashAttention-3's loop (https://arxiv.org/abs/2407.08608).
 // Why so, by measurement: the tensor cores are idle half of the time, and what limits is one warp's chain of
 // instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has eight rows of ones more),
 // a maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
 // Compile-time settings besides common.cuh's: CAUSAL, CONSUMERS (warpgroups), STAGES (tiles of K and V in flight),
 // OVERLAP (1: PV and the next QK^T are in flight together, which takes registers), LAG (see exponentiate).
+#include "prologue.cuh"
 #include "wgmma.cuh"
 
 struct Parameters {
     Tensor q, out;
+    Prologue prologue;  // of q
     const char* tiles;
     unsigned* flags;
     int batch, heads, group;  // group: query heads that share a KV head
     int q_len, kv_len, head_dim;
-    int row_tiles, kv_tiles;
+    int row_tiles, whole_tiles, tail_rows;  // of one head, see Work
+    int kv_tiles;
     float scale_log2e;
     int never;  // 0, but the compiler cannot know
 };
@@ -44,15 +47,60 @@ constexpr int HIDDEN = -0x4bc00000;     // stands for a score that is not seen: 
 
 constexpr float SMALLEST_FACTOR = 0x1p-100f;  // -Inf times zero would be NaN
 
-constexpr int O_BYTES = FP8 ? 64 * V_ROWS * 4 : 0;
+// Which query tile comes `turn`-th in this block: heads one after the other, as they share K and V. First `whole_tiles`
+// tiles of ROWS rows from each head, then the rest in tiles of `tail_rows`, which fill the last round better. Causal ones
+// from the longest to the shortest, back and forth over the blocks so that all get about the same work.
+struct Work {
+    int batch, head, first_row, end_row, tiles, valid;
+    __device__ __forceinline__ Work(const Parameters& p, int turn) {
+        const int blocks = gridDim.x, heads = p.batch * p.heads;
+        const int column = CAUSAL && turn % 2 ? blocks - 1 - blockIdx.x : blockIdx.x;
+        int index = turn * blocks + column, row;
+        valid = index < heads * p.row_tiles;
+        if (!valid) return;
+        if constexpr (CAUSAL) {
+            first_row = (p.row_tiles - 1 - index / heads) * ROWS;
+            row = index % heads;
+            end_row = first_row + ROWS;
+        } else {
+            const bool tail = index >= heads * p.whole_tiles;
+            if (tail) index -= heads * p.whole_tiles;
+            const int tiles_of_head = tail ? p.row_tiles - p.whole_tiles : p.whole_tiles;
+            const int rows = tail ? p.tail_rows : ROWS;
+            row = index / tiles_of_head;
+            first_row = (tail ? p.whole_tiles * ROWS : 0) + index % tiles_of_head * rows;
+            end_row = first_row + rows;
+        }
+        batch = row / p.heads;
+        head = row % p.heads;
+        end_row = min(end_row, p.q_len);
+        tiles = tiles_until(p, end_row);
+    }
+
+    // Tiles of K that rows before this one see.
+    static __device__ __forceinline__ int tiles_until(const Parameters& p, int row) {
+        return ((CAUSAL ? min(row, p.kv_len) : p.kv_len) + TILE - 1) / TILE;
+    }
+};
+
+// How many Works are kept: the loader is at most STAGES tiles, so as many turns, ahead of a consumer, and tells the next.
+constexpr int TURNS = 8;
+static_assert(STAGES + 2 <= TURNS);
+
+// A warp's own part of shared memory: with FP8 its sums of tiles, and between two query tiles the rows of Q that come.
+constexpr int OWN_BYTES = FP8 ? 16 * V_ROWS * 4 : 16 * D * ELEMENT;
+static_assert(16 * D * ELEMENT <= OWN_BYTES);
+constexpr int Q_BYTES = D / 16 * Q_CHUNK;
 struct Shared {
     static constexpr int k = 0;
     static constexpr int v = k + STAGES * K_TILE_WITH_HEADER;
-    static constexpr int o = v + STAGES * V_TILE;
-    static constexpr int q = o + CONSUMERS * O_BYTES;
-    static constexpr int barriers = q + CONSUMERS * 64 * D;
+    static constexpr int own = v + STAGES * V_TILE;
+    static constexpr int q = own + 4 * CONSUMERS * OWN_BYTES;
+    static constexpr int barriers = q + CONSUMERS * Q_BYTES;
+    static constexpr int work = barriers + STAGES * 32;
+    static constexpr int end = work + TURNS * 32;
 };
-static_assert(Shared::barriers + STAGES * 32 == SHARED_BYTES, "as in __init__.py");
+static_assert(Shared::end == SHARED_BYTES && sizeof(Work) <= 32, "as in __init__.py");
 
 extern __shared__ __align__(128) char memory[];
 
@@ -70,35 +118,17 @@ struct Pipeline {
     }
 };
 
-// Which query tile comes `turn`-th in this block: heads one after the other, as they share K and V; causal ones from
-// the longest to the shortest, back and forth over the blocks so that all get about the same work.
-struct Work {
-    int head, first_row, tiles;
-    bool valid;
-    __device__ __forceinline__ Work(const Parameters& p, int turn) {
-        const int blocks = gridDim.x, all = p.batch * p.heads * p.row_tiles;
-        const int column = CAUSAL && turn % 2 ? blocks - 1 - blockIdx.x : blockIdx.x;
-        const int index = turn * blocks + column;
-        valid = index < all;
-        const int row_tile = CAUSAL ? p.row_tiles - 1 - index / (p.batch * p.heads) : index % p.row_tiles;
-        head = CAUSAL ? index % (p.batch * p.heads) : index / p.row_tiles;
-        first_row = row_tile * ROWS;
-        const int visible = CAUSAL ? min(first_row + ROWS, p.kv_len) : p.kv_len;
-        tiles = (visible + TILE - 1) / TILE;
-    }
-};
-
-__device__ __forceinline__ int turns(const Parameters& p) {
-    return (p.batch * p.heads * p.row_tiles + gridDim.x - 1) / gridDim.x;
+// The Work of a turn: written before any tile of the turn before comes, so that who waited for one of these sees it.
+__device__ __forceinline__ Work& work_of(int turn) {
+    return *reinterpret_cast<Work*>(memory + Shared::work + turn % TURNS * 32);
 }
 
 // Brings the rows of Q that this block takes next into the second-level cache.
 __device__ __forceinline__ void prefetch_q(const Parameters& p, const Work& work) {
     if (!work.valid || !p.q.vectors) return;
-    const int rows = min(ROWS, p.q_len - work.first_row);
-    for (int row = 0; row < rows; ++row)
+    for (int row = work.first_row; row < work.end_row; ++row)
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     ::"l"(p.q.row(work.head / p.heads, work.head % p.heads, work.first_row + row)), "n"(D * ELEMENT));
+                     ::"l"(p.q.row(work.batch, work.head, row)), "n"(D * ELEMENT));
 }
 
 __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
@@ -106,10 +136,12 @@ __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
     // This kernel may start while the last tiles are still being written. Only here must one wait: no other thread
     // touches what quantize.cu writes before a tile has come, and what it reads was there before quantize.cu started.
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int turn = 0; turn < turns(p); ++turn) {
-        const Work work(p, turn);
-        if (!work.valid) continue;
-        const char* tiles = p.tiles + static_cast<int64>(work.head / p.group) * p.kv_tiles * KV_TILE;
+    Work work = work_of(0);
+    for (int turn = 1; work.valid; ++turn) {
+        const Work next(p, turn);
+        work_of(turn) = next;
+        const int row = work.batch * p.heads + work.head;
+        const char* tiles = p.tiles + static_cast<int64>(row / p.group) * p.kv_tiles * KV_TILE;
         for (int i = work.tiles - 1; i >= 0; --i) {
             const char* tile = tiles + static_cast<int64>(i) * KV_TILE;
             barrier_wait(pipe.empty_k(), pipe.phase ^ 1);
@@ -120,7 +152,8 @@ __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
             bulk_load(pipe.v(), tile + K_TILE_WITH_HEADER, V_TILE, pipe.full_v());
             pipe.advance();
         }
-        prefetch_q(p, Work(p, turn + 1));
+        prefetch_q(p, next);
+        work = next;
     }
 }
 
@@ -189,70 +222,52 @@ __device__ __forceinline__ void pack(const float (&x)[8], unsigned* words) {
     }
 }
 
-// This thread's share of rows `row` and `row + 8` of Q as INT8, and their factors. Whether the rows are finite.
-__device__ __forceinline__ bool quantize_q(const Parameters& p, int batch, int head, int row, int t,
-                                           unsigned (&q)[D / 8], float (&factor)[2]) {
-    bool finite = true;
-    Row raw[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-        raw[r].load(p.q, p.q.row(batch, head, row + 8 * r), row + 8 * r < p.q_len, p.head_dim, t);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float x[SHARE];
-        raw[r].unpack(x);
-        const unsigned bits = max_of_quad(amax_bits(x));
-        finite = finite && bits < INFINITY_BITS;
-        const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
-        const float inverse = copysignf(LARGEST_INT8 / amax, p.scale_log2e);
-        factor[r] = amax / LARGEST_INT8 * fabsf(p.scale_log2e);
-#pragma unroll
-        for (int i = 0; i < SHARE / 4; ++i) {
-            const float* v = x + 4 * i;
-            q[2 * i + r] = pack_int8(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse);
-        }
-    }
-    return finite;
+// A mean of V's values cannot pass the largest number, but rounding could: then it is that number. NaN stays.
+__device__ __forceinline__ unsigned pack_mean(float a, float b) {
+    unsigned word;
+    if constexpr (DTYPE == FLOAT16) asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+    else asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+    return word;
 }
 
-// To [-largest, largest]; NaN stays.
-__device__ __forceinline__ float clamp(float x, float largest) {
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(largest));
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-largest));
+__device__ __forceinline__ float finite(float x) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(0x1.fffffep127f));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-0x1.fffffep127f));
     return x;
 }
 
 __device__ __forceinline__ void store(const Parameters& p, int batch, int head, int row, int t,
                                       const float (&o)[V_ROWS / 2], const float (&sum)[2]) {
-    constexpr float largest = DTYPE == FLOAT16 ? 65504.0f : DTYPE == BFLOAT16 ? 0x1.fep127f : 0x1.fffffep127f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         if (row + 8 * r >= p.q_len) continue;
-        const float inverse = 1.0f / sum[r];
+        const float inverse = reciprocal(sum[r]);
         char* target = p.out.row(batch, head, row + 8 * r);
 #pragma unroll
         for (int g = 0; g < D / 32; ++g) {  // 8 adjacent channels, see row_of in quantize.cu
             float v[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i)  // a mean of V's values cannot pass the largest number, but rounding could
-                v[i] = clamp(o[16 * g + i / 2 * 4 + 2 * r + i % 2] * inverse, largest);
+            for (int i = 0; i < 8; ++i) v[i] = o[16 * g + i / 2 * 4 + 2 * r + i % 2] * inverse;
             const int channel = 32 * g + 8 * t;
             if (DTYPE != FLOAT32 && p.out.vectors) {
                 *reinterpret_cast<uint4*>(target + channel * ELEMENT) =
-                    make_uint4(pack_16<DTYPE>(v[0], v[1]), pack_16<DTYPE>(v[2], v[3]), pack_16<DTYPE>(v[4], v[5]),
-                               pack_16<DTYPE>(v[6], v[7]));
+                    make_uint4(pack_mean(v[0], v[1]), pack_mean(v[2], v[3]), pack_mean(v[4], v[5]), pack_mean(v[6], v[7]));
             } else {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     if (channel + i >= p.head_dim) continue;
                     char* address = target + (channel + i) * p.out.channel;
-                    if constexpr (DTYPE == FLOAT32) *reinterpret_cast<float*>(address) = v[i];
-                    else *reinterpret_cast<unsigned short*>(address) = pack_16<DTYPE>(v[i], v[i]);
+                    if constexpr (DTYPE == FLOAT32) *reinterpret_cast<float*>(address) = finite(v[i]);
+                    else *reinterpret_cast<unsigned short*>(address) = pack_mean(v[i], v[i]);
                 }
             }
         }
     }
 }
+
+// The same for all threads of a warp, which the compiler then knows: it waits after every wgmma in branches that could
+// part a warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 __device__ __forceinline__ void warpgroup_sync(int consumer) {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
@@ -270,14 +285,14 @@ struct Consumer {
     bool in_shared;  // whether some were moved to shared memory
 
     __device__ __forceinline__ Consumer(const Parameters& p, unsigned base)
-        : p(p), k_pipe{base}, v_pipe{base}, consumer(threadIdx.x / 128 - 1), lane(threadIdx.x % 32),
-          warp(threadIdx.x / 32 % 4), t(threadIdx.x % 4) {}
+        : p(p), k_pipe{base}, v_pipe{base}, consumer(uniform(threadIdx.x / 128) - 1), lane(threadIdx.x % 32),
+          warp(uniform(threadIdx.x / 32 % 4)), t(threadIdx.x % 4) {}
 
-    __device__ __forceinline__ unsigned q_shared() const { return k_pipe.base + Shared::q + consumer * 64 * D; }
+    __device__ __forceinline__ unsigned q_shared() const { return k_pipe.base + Shared::q + consumer * Q_BYTES; }
 
-    __device__ __forceinline__ float4* o_shared() const {
-        return reinterpret_cast<float4*>(memory + Shared::o + consumer * O_BYTES) + threadIdx.x % 128;
-    }
+    __device__ __forceinline__ char* own() const { return memory + Shared::own + (consumer * 4 + warp) * OWN_BYTES; }
+
+    __device__ __forceinline__ float4* o_shared() const { return reinterpret_cast<float4*>(own()) + lane; }
 
     // x: k_scale, y: log2_v_scale, z: inverse_v_scale, w: v_limit.
     __device__ __forceinline__ float4 header() const {
@@ -293,10 +308,10 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void multiply_qk(int (&s)[64]) {
-        const Operand q(q_shared(), 64 * 16), k(k_pipe.k(), TILE * 16);
+        const Operand q(q_shared(), Q_CHUNK), k(k_pipe.k(), K_CHUNK);
         multiply_scores<false>(s, q.at(0), k.at(0));
 #pragma unroll
-        for (int i = 1; i < D / 32; ++i) multiply_scores<true>(s, q.at(i * 2 * 64 * 16), k.at(i * 2 * TILE * 16));
+        for (int i = 1; i < D / 32; ++i) multiply_scores<true>(s, q.at(i * 2 * Q_CHUNK), k.at(i * 2 * K_CHUNK));
         wgmma_commit();
     }
 
@@ -311,11 +326,11 @@ struct Consumer {
     // Adds what is in shared memory to the registers.
     __device__ __forceinline__ void collect() {
         const float4* from = o_shared();
-        const float4 before = from[D / 8 * 128];
+        const float4 before = from[D / 8 * 32];
         const float a = exp2_approx(before.x - softmax.reference[0]), b = exp2_approx(before.y - softmax.reference[1]);
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) {
-            const float4 v = from[i * 128];
+            const float4 v = from[i * 32];
             o[4 * i] = fmaf(v.x, a, o[4 * i]), o[4 * i + 1] = fmaf(v.y, a, o[4 * i + 1]);
             o[4 * i + 2] = fmaf(v.z, b, o[4 * i + 2]), o[4 * i + 3] = fmaf(v.w, b, o[4 * i + 3]);
         }
@@ -342,8 +357,8 @@ struct Consumer {
             float4* to = o_shared();
 #pragma unroll
             for (int i = 0; i < D / 8; ++i)
-                to[i * 128] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
-            to[D / 8 * 128] = make_float4(softmax.reference[0], softmax.reference[1], 0.0f, 0.0f);
+                to[i * 32] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+            to[D / 8 * 32] = make_float4(softmax.reference[0], softmax.reference[1], 0.0f, 0.0f);
             in_shared = true;
             pending = 0;
         } else {
@@ -454,19 +469,79 @@ struct Consumer {
         }
     }
 
-    // Rows of Q into shared memory, in the order of an operand. Whether they are finite.
-    __device__ __forceinline__ bool stage_q(int batch, int head) {
-        unsigned q[D / 8];
-        const bool finite = quantize_q(p, batch, head, row, t, q, softmax.q_factor);
-        const unsigned target = q_shared() + (warp * 16 + lane / 4) * 16 + t * 4;
-        warpgroup_sync(consumer);  // the tile before is no longer multiplied by any warp
+    // Starts to copy the rows of Q that this warp takes in some turn into its own shared memory, as they are; zeros past
+    // the end.
+    __device__ __forceinline__ void fetch_q(int turn) {
+        constexpr int CHUNKS = D * ELEMENT / 16, THREADS = CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;  // of a row
+        const Work& work = work_of(turn);
+        const int first = work.first_row + consumer * 64 + warp * 16, count = work.end_row - first;
+        const int chunk = lane % THREADS;
+        __syncwarp();  // what was there has been read
+        if (!work.valid || chunk >= CHUNKS) return;
+        const char* source = p.q.row(work.batch, work.head, first + lane / THREADS);
+        char* target = own() + (lane / THREADS * CHUNKS + chunk) * 16;
+        if (p.q.vectors) {
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i)
-            asm volatile("st.shared.b32 [%0], %1;"
-                         ::"r"(target + i / 2 * 64 * 16 + i % 2 * 8 * 16), "r"(q[i]) : "memory");
+            for (int row = 0; row < 16; row += 32 / THREADS)
+                copy_async(shared_address(target + row * CHUNKS * 16), source + chunk * 16 + row * p.q.token,
+                           lane / THREADS + row < count);
+        } else {
+#pragma unroll 1
+            for (int row = 0; row < 16; row += 32 / THREADS) {
+                uint4 v = {};
+                if (lane / THREADS + row < count)
+                    v = p.q.gather(source + row * p.q.token, chunk * (16 / ELEMENT), p.head_dim);
+                *reinterpret_cast<uint4*>(target + row * CHUNKS * 16) = v;
+            }
+        }
+    }
+
+    // The rows of Q into shared memory as INT8, in the order of an operand, and their factors: +Inf of a row that is not
+    // finite.
+    __device__ __forceinline__ void stage_q(int batch) {
+        constexpr int PASSES = 16 / WARP_ROWS;
+        const int t = lane % LANES;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        uint4 q[PASSES];
+        float factor[PASSES];
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+            const int in_warp = pass * WARP_ROWS + lane / LANES;
+            const int n = row - lane / 4 + in_warp;
+            Row raw = {};
+            if (t < D / 16) {
+#pragma unroll
+                for (int i = 0; i < Row::CHUNKS; ++i)
+                    raw.words[i] = *reinterpret_cast<uint4*>(own() + in_warp * D * ELEMENT + Row::offset(i, t));
+            }
+            float x[16];
+            raw.unpack(x);
+            p.prologue.apply(x, batch, n, n < p.q_len, t);
+            const unsigned bits = max_of_row(amax_bits(x));
+            const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
+            factor[pass] = bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) * fabsf(p.scale_log2e) : infinity();
+            q[pass] = pack_row(x, copysignf(LARGEST_INT8 * reciprocal(amax), p.scale_log2e));
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {  // the factors of this thread's own two rows
+            const int wanted = lane / 4 + 8 * r;
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass) {
+                const float found = __shfl_sync(~0u, factor[pass], wanted % WARP_ROWS * LANES);
+                if (wanted / WARP_ROWS == pass) softmax.q_factor[r] = found;
+            }
+        }
+        warpgroup_sync(consumer);  // the tile before is no longer multiplied by any warp
+        if (t < D / 16) {
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass) {
+                const int in_group = warp * 16 + pass * WARP_ROWS + lane / LANES;
+                *reinterpret_cast<uint4*>(memory + Shared::q + consumer * Q_BYTES + t * Q_CHUNK + in_group * 16) = q[pass];
+            }
+        }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         warpgroup_sync(consumer);
-        return finite;
     }
 
     __device__ __forceinline__ void first_tile(int tile, unsigned (&words)[P_WORDS]) {
@@ -481,12 +556,34 @@ struct Consumer {
         softmax.weight = scales.z;
     }
 
-    __device__ __forceinline__ void run(const Work& work) {
-        const int batch = work.head / p.heads, head = work.head % p.heads;
-        const int first = work.first_row + consumer * 64 + warp * 16;
-        row = first + lane / 4;
-        full = min(p.kv_len, CAUSAL ? work.first_row + consumer * 64 + 1 : p.kv_len) / TILE;
-        const bool finite = stage_q(batch, head);
+    // Tiles that no row of this warpgroup sees.
+    __device__ __forceinline__ void skip(int tiles) {
+#pragma unroll 1
+        for (; tiles > 0; --tiles) {
+            barrier_wait(k_pipe.full_k(), k_pipe.phase);
+            release(k_pipe, k_pipe.empty_k());
+            barrier_wait(v_pipe.full_v(), v_pipe.phase);
+            release(v_pipe, v_pipe.empty_v());
+        }
+    }
+
+    // The query tile of a turn, of which the rows were fetched; fetches the next one's. Whether there was one.
+    __device__ __forceinline__ bool run(int turn) {
+        const Work work = work_of(turn);
+        if (!uniform(work.valid)) return false;
+        const int first = uniform(work.first_row) + consumer * 64, end = uniform(work.end_row);
+        const int all = uniform(work.tiles);
+        if (first >= end) {
+            skip(all);
+            fetch_q(turn + 1);
+            return true;
+        }
+        const int tiles = Work::tiles_until(p, min(first + 64, end));
+        const int head = work.batch * p.heads + work.head;
+        row = first + warp * 16 + lane / 4;
+        full = min(p.kv_len, CAUSAL ? first + 1 : p.kv_len) / TILE;
+        stage_q(work.batch);
+        if (CAUSAL) skip(all - tiles);
         softmax.start();
         pending = 0;
         in_shared = false;
@@ -497,9 +594,9 @@ struct Consumer {
         for (int i = 0; i < V_ROWS / 2; ++i) o[i] = __int_as_float(p.never);
         pin(o);
 #endif
-        first_tile(work.tiles - 1, words);
+        first_tile(tiles - 1, words);
         // By two, because with OVERLAP P of one tile is still being read when the next one's is written.
-        for (int tile = work.tiles - 2; tile >= 0; tile -= 2) {
+        for (int tile = tiles - 2; tile >= 0; tile -= 2) {
             next_tile(tile, words, next);
             if (tile == 0) {
 #pragma unroll
@@ -514,11 +611,12 @@ struct Consumer {
         wgmma_wait<0>();
         take_pv(words, 0.0f);
         if (FP8 && in_shared) collect();
-        store(p, batch, head, row, t, o, softmax.sum);
+        fetch_q(turn + 1);
+        store(p, head / p.heads, head % p.heads, row, t, o, softmax.sum);
         const float unit = fmaxf(softmax.q_factor[0], softmax.q_factor[1]) * softmax.k_scale_max;
-        const bool again = __any_sync(~0u, !(finite && unit <= STEEPEST));  // zero times Inf is NaN
-        if (lane == 0 && first < p.q_len)
-            p.flags[static_cast<int64>(work.head) * ((p.q_len + 15) / 16) + first / 16] = again;
+        const bool again = __any_sync(~0u, !(unit <= STEEPEST));  // zero times Inf is NaN
+        if (lane == 0 && row < p.q_len) p.flags[static_cast<int64>(head) * ((p.q_len + 15) / 16) + row / 16] = again;
+        return true;
     }
 };
 
@@ -534,6 +632,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
             barrier_init(pipe.empty_k(), 4 * CONSUMERS);
             barrier_init(pipe.empty_v(), 4 * CONSUMERS);
         }
+        work_of(0) = Work(p, 0);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -544,9 +643,8 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 160 : 240));
         Consumer consumer(p, base);
-        for (int turn = 0; turn < turns(p); ++turn) {
-            const Work work(p, turn);
-            if (work.valid) consumer.run(work);
+        consumer.fetch_q(0);
+        for (int turn = 0; consumer.run(turn); ++turn) {
         }
     }
 }

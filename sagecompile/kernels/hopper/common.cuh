@@ -12,15 +12,16 @@ typedef long long int64;
 
 constexpr int D = HEAD_DIM;
 constexpr int TILE = 128;          // tokens of K and V in one tile
-constexpr int SHARE = D / 4;       // channels of a row in one thread of a quad, see Row
 constexpr int ELEMENT = DTYPE == FLOAT32 ? 4 : 2;
 
 // A tile of K: D / 16 chunks of [128 tokens][16 bytes], then a header. A tile of V: chunks of [V_ROWS][16 bytes], which
 // are D channels and eight rows of ones, so that PV sums the rows of P too. That is the order in which wgmma reads
-// operands without a swizzle, so one bulk copy brings a whole tile.
+// operands without a swizzle, so one bulk copy brings a whole tile. 16 bytes between the chunks of K, and of Q, let the
+// threads of a row write them to different banks.
 constexpr int V_BYTES = FP8 ? 1 : 2;
 constexpr int CHUNK_TOKENS = 16 / V_BYTES;
-constexpr int K_TILE = TILE * D;
+constexpr int K_CHUNK = TILE * 16 + 16, Q_CHUNK = 64 * 16 + 16;
+constexpr int K_TILE = D / 16 * K_CHUNK;
 constexpr int K_TILE_WITH_HEADER = K_TILE + 128;
 constexpr int V_ROWS = D + 8;
 constexpr int V_TILE = TILE * V_ROWS * V_BYTES;
@@ -44,6 +45,12 @@ __device__ __forceinline__ float infinity() { return __int_as_float(INFINITY_BIT
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -72,8 +79,9 @@ __device__ __forceinline__ unsigned pack_int8(float a, float b, float c, float d
 }
 
 // The two values of a word of 16-bit elements.
+template <int dtype>
 __device__ __forceinline__ void unpack_16(unsigned word, float& low, float& high) {
-    if constexpr (DTYPE == BFLOAT16) {
+    if constexpr (dtype == BFLOAT16) {
         low = __uint_as_float(word << 16);
         high = __uint_as_float(word & 0xffff0000u);
     } else {
@@ -85,8 +93,60 @@ __device__ __forceinline__ void unpack_16(unsigned word, float& low, float& high
 __device__ __forceinline__ float load_element(const char* address) {
     if constexpr (DTYPE == FLOAT32) return *reinterpret_cast<const float*>(address);
     float low, high;
-    unpack_16(*reinterpret_cast<const unsigned short*>(address), low, high);
+    unpack_16<DTYPE>(*reinterpret_cast<const unsigned short*>(address), low, high);
     return low;
+}
+
+// The values in 16 bytes: eight, or four in float32.
+__device__ __forceinline__ void unpack_chunk(const uint4& words, float* x) {
+    const unsigned w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (ELEMENT == 4) x[i] = __uint_as_float(w[i]);
+        else unpack_16<DTYPE>(w[i], x[2 * i], x[2 * i + 1]);
+    }
+}
+
+// 16 bytes from global to shared memory, in the background; zeros if not `inside`.
+__device__ __forceinline__ void copy_async(unsigned target, const char* source, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(unsigned barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ bool barrier_test(unsigned barrier, int parity) {
+    unsigned done;
+    asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
+}
+
+// `done`: what an earlier test said, so that its latency is hidden.
+__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity, bool done = false) {
+    if (done) return;
+    asm volatile(
+        "{.reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN;}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// `bytes` contiguous bytes of global memory into shared memory; the barrier counts them in.
+__device__ __forceinline__ void bulk_load(unsigned target, const void* source, int bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(target), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // A (batch, heads, tokens, head_dim) tensor; strides in bytes.
@@ -98,58 +158,60 @@ struct Tensor {
     __device__ __forceinline__ char* row(int b, int h, int64 n) const {
         return data + b * batch + h * head + n * token;
     }
+
+    // 16 bytes of a row from some channel on, element by element; zeros from head_dim on.
+    __device__ __forceinline__ uint4 gather(const char* row, int first, int head_dim) const {
+        unsigned words[4] = {};
+#pragma unroll
+        for (int i = 0; i < 16 / ELEMENT; ++i) {
+            if (first + i >= head_dim) continue;
+            const char* address = row + (first + i) * channel;
+            if constexpr (ELEMENT == 4) words[i] = *reinterpret_cast<const unsigned*>(address);
+            else words[i / 2] |= *reinterpret_cast<const unsigned short*>(address) << (i % 2 * 16);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    }
 };
 
-// Thread t of a quad holds SHARE channels of a row: half of them from each half of the head, which leaves the pairs of
-// both conventions of RoPE in one thread, and in the order in which an INT8 operand lies in the summed dimension:
-// values [8 * s + 4 * h + i] are its bytes 32 * s + 16 * h + 4 * t + i.
+// LANES threads of a warp share a row of K or Q. Thread t < D / 16 of them has eight channels of each half of the head:
+// all pairs of both conventions of RoPE, and 16 bytes of the INT8 operand, its chunk t.
+constexpr int LANES = D == 64 ? 4 : 8;
+constexpr int WARP_ROWS = 32 / LANES;
+
+__device__ __forceinline__ int channel_of(int value, int t) { return value / 8 * (D / 2) + t * 8 + value % 8; }
+
 struct Row {
-    unsigned words[SHARE * ELEMENT / 4];
+    static constexpr int CHUNKS = ELEMENT;  // of 16 bytes
+    uint4 words[CHUNKS];
 
-    // Zeros where not `inside` and past head_dim.
-    __device__ __forceinline__ void load(const Tensor& x, const char* row, bool inside, int head_dim, int t) {
-#pragma unroll
-        for (int i = 0; i < SHARE * ELEMENT / 4; ++i) words[i] = 0;
-        if (!inside) return;
-        if (x.vectors) {
-            constexpr int HALF = SHARE * ELEMENT / 8;  // words from one half of the head
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const char* p = row + (half * (D / 2) + t * (D / 8)) * ELEMENT;
-#pragma unroll
-                for (int i = 0; i < HALF; i += HALF % 4 ? 2 : 4) {
-                    unsigned* out = words + half * HALF + i;
-                    if constexpr (HALF % 4) {
-                        const uint2 v = *reinterpret_cast<const uint2*>(p + 4 * i);
-                        out[0] = v.x, out[1] = v.y;
-                    } else {
-                        const uint4 v = *reinterpret_cast<const uint4*>(p + 4 * i);
-                        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-                    }
-                }
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < SHARE; ++i) {
-                const int channel = i / (SHARE / 2) * (D / 2) + t * (D / 8) + i % (SHARE / 2);
-                if (channel >= head_dim) continue;
-                const char* address = row + channel * x.channel;
-                if constexpr (ELEMENT == 4) words[i] = *reinterpret_cast<const unsigned*>(address);
-                else words[i / 2] |= *reinterpret_cast<const unsigned short*>(address) << (i % 2 * 16);
-            }
-        }
+    // Where a chunk is in its row, in bytes.
+    static __device__ __forceinline__ int offset(int chunk, int t) {
+        return channel_of(chunk * 16 / CHUNKS, t) * ELEMENT;
     }
 
-    __device__ __forceinline__ void unpack(float (&values)[SHARE]) const {
+    __device__ __forceinline__ void unpack(float (&x)[16]) const {
 #pragma unroll
-        for (int i = 0; i < SHARE; i += 2) {
-            const int half = i / (SHARE / 2), j = i % (SHARE / 2);
-            float* out = values + j / 4 * 8 + half * 4 + j % 4;
-            if constexpr (ELEMENT == 4) out[0] = __uint_as_float(words[i]), out[1] = __uint_as_float(words[i + 1]);
-            else unpack_16(words[i / 2], out[0], out[1]);
-        }
+        for (int i = 0; i < CHUNKS; ++i) unpack_chunk(words[i], x + 16 / CHUNKS * i);
     }
 };
+
+// The largest of LANES threads.
+__device__ __forceinline__ unsigned max_of_row(unsigned x) {
+#pragma unroll
+    for (int distance = 1; distance < LANES; distance *= 2) x = max(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+}
+
+// Sixteen values as INT8.
+__device__ __forceinline__ uint4 pack_row(const float (&x)[16], float inverse) {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float* v = x + 4 * i;
+        words[i] = pack_int8(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
 
 // The largest |value| as bits of a float: at least INFINITY_BITS if one is not finite.
 template <int count>
@@ -158,9 +220,4 @@ __device__ __forceinline__ unsigned amax_bits(const float (&values)[count]) {
 #pragma unroll
     for (int i = 0; i < count; ++i) largest = max(largest, __float_as_uint(values[i]) & 0x7fffffffu);
     return largest;
-}
-
-__device__ __forceinline__ unsigned max_of_quad(unsigned x) {
-    x = max(x, __shfl_xor_sync(~0u, x, 1));
-    return max(x, __shfl_xor_sync(~0u, x, 2));
 }

@@ -1,44 +1,7 @@
-// Warpgroup matrix multiply and the barriers around it. P is in registers, all other operands are in shared memory,
+// Warpgroup matrix multiply. P is in registers, all other operands are in shared memory,
 // without a swizzle.
 #pragma once
 #include "common.cuh"
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void barrier_init(unsigned barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ bool barrier_test(unsigned barrier, int parity) {
-    unsigned done;
-    asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    return done;
-}
-
-// `done`: what an earlier test said, so that its latency is hidden.
-__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity, bool done = false) {
-    if (done) return;
-    asm volatile(
-        "{.reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN;}"
-        ::"r"(barrier), "r"(parity) : "memory");
-}
-
-// `bytes` contiguous bytes of global memory into shared memory; the barrier counts them in.
-__device__ __forceinline__ void bulk_load(unsigned target, const void* source, int bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(target), "l"(source), "r"(bytes), "r"(barrier) : "memory");
-}
 
 // An operand in shared memory. Core matrices of 8 rows x 16 bytes lie one after the other along the rows; `chunk` bytes
 // lie between two of them along the summed dimension.

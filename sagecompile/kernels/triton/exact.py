@@ -1,15 +1,19 @@
 """Attention in the input's own precision, for the heads or rows that cannot be quantized.
 
-In: the caller's q, k, v and a flag for each KV head or some rows. Out: what is flagged of `out`, overwritten; tiles of
-rows without a flag exit at once.
-Why: INT8 has no NaN and no Inf, and which head holds one is known only on the device. This costs microseconds, no sync.
+In: the caller's q, k, v and a flag for each KV head or some rows. Out: what is flagged of `out`, overwritten.
+Why: INT8 has no NaN and no Inf, and which head holds one is known only on the device. A few programs look at all flags,
+so that finding none costs little more than a launch, and no sync.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from sagecompile.kernels.prologue import ROPES, Prologue
+
 LOG2E = 1.4426950408889634
+PROGRAMS = 512
+"""At most: enough to fill a GPU where everything is flagged."""
 
 
 def recompute_flagged(
@@ -22,8 +26,10 @@ def recompute_flagged(
     flag_rows: int = 0,
     scale: float,
     is_causal: bool,
+    q_prologue: Prologue | None = None,
+    k_prologue: Prologue | None = None,
 ) -> None:
-    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides.
+    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read.
 
     flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
     A flag makes its whole tile exact: 64 rows, or 32 in float32.
@@ -35,13 +41,31 @@ def recompute_flagged(
     assert flags.dtype == torch.int32 and flags.shape == expected
     # float32 without TF32 runs on the ordinary cores, with operands in registers: larger tiles spill.
     rows, keys = (32, 16) if q.dtype == torch.float32 else (64, 32)
+    tiles = batch * q_heads * triton.cdiv(q_len, rows)
+    q_norm, q_rope, q_arguments = _arguments(q_prologue, q)
+    k_norm, k_rope, k_arguments = _arguments(k_prologue, k)
     with torch.cuda.device_of(q):
-        _attend_exact[(batch * q_heads * triton.cdiv(q_len, rows),)](
-            q, k, v, out, flags, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+        _attend_flagged[(min(tiles, PROGRAMS),)](
+            q, k, v, out, flags, tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim,
+            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *q_arguments, *k_arguments,
+            Q_NORM=q_norm, Q_ROPE=q_rope, K_NORM=k_norm, K_ROPE=k_rope,
             FLAG_ROWS=flag_rows, IS_CAUSAL=is_causal, COLUMNS=64 if head_dim <= 64 else 128, ROWS=rows, KEYS=keys,
-            num_warps=8, num_stages=1,
+            AT_ONCE=32, num_warps=8, num_stages=1,
         )  # fmt: skip
+
+
+def _arguments(prologue: Prologue | None, x: torch.Tensor) -> tuple[int, int, tuple[object, ...]]:
+    """NORM (2: with a weight), ROPE (as in `ROPES`); weight, cos, sin (x where there is none), their strides, eps."""
+    prologue = prologue or Prologue()
+    weight = prologue.weight if prologue.eps is not None else None
+    norm = 0 if prologue.eps is None else 1 if weight is None else 2
+    weight = x if weight is None else weight.contiguous()
+    rope = ROPES.index(prologue.rope)
+    if prologue.cos is None or prologue.sin is None:
+        return norm, 0, (weight, x, x, 0, 0, prologue.eps or 0.0)
+    cos, sin = prologue.cos.contiguous(), prologue.sin.contiguous()
+    stride_b, stride_n = cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
+    return norm, rope, (weight, cos, sin, stride_b, stride_n, prologue.eps or 0.0)
 
 
 @triton.jit
@@ -49,27 +73,95 @@ def _offset(index, stride):
     return tl.cast(index, tl.int64) * stride
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len"])
-def _attend_exact(
-    Q, K, V, OUT, FLAGS, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
+@triton.jit
+def _load(
+    X, tokens, stride_n, stride_d, columns, mask, W, COS, SIN, stride_tn, eps, head_dim,
+    NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """Rows of Q or K after their prologue, in their own dtype; zeros where masked."""
+    rows = X + _offset(tokens, stride_n)[:, None]
+    stored = tl.load(rows + _offset(columns, stride_d)[None, :], mask=mask, other=0.0)
+    if NORM == 0 and ROPE == 0:
+        return stored
+    x = stored.to(tl.float32)
+    inverse = tl.full([tokens.shape[0]], 1.0, tl.float32)
+    if NORM:
+        inverse = tl.math.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
+        x = x * inverse[:, None] * _weights(W, columns, head_dim, NORM)[None, :]
+    if ROPE:
+        half = head_dim // 2
+        partner = (columns + half) % head_dim if ROPE == 1 else columns ^ 1
+        first = columns < half if ROPE == 1 else columns % 2 == 0
+        turned = tl.load(rows + _offset(partner, stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
+        turned = turned * inverse[:, None] * _weights(W, partner, head_dim, NORM)[None, :]
+        at = _offset(tokens, stride_tn)[:, None] + columns[None, :]
+        cos = tl.load(COS + at, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(SIN + at, mask=mask, other=0.0).to(tl.float32)
+        x = x * cos + tl.where(first[None, :], -turned, turned) * sin
+    return x.to(stored.dtype)
+
+
+@triton.jit
+def _weights(W, columns, head_dim, NORM: tl.constexpr):
+    if NORM < 2:
+        return tl.full([columns.shape[0]], 1.0, tl.float32)
+    return tl.load(W + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tiles", "q_len", "kv_len"])
+def _attend_flagged(
+    Q, K, V, OUT, FLAGS, tiles, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
+    Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn, k_eps,
+    Q_NORM: tl.constexpr, Q_ROPE: tl.constexpr, K_NORM: tl.constexpr, K_ROPE: tl.constexpr,
     FLAG_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * Hq * row tiles)."""
+    """Grid: any; a program looks at the tiles of rows pid, pid + grid, ..., AT_ONCE of them with one load."""
+    programs = tl.num_programs(0)
+    for start in tl.range(tl.program_id(0), tiles, programs * AT_ONCE):
+        mine = start + tl.arange(0, AT_ONCE) * programs
+        if tl.max(_flags(FLAGS, mine, tiles, group, q_len, FLAG_ROWS, ROWS), 0) != 0:
+            for tile in tl.range(start, tl.minimum(tiles, start + programs * AT_ONCE), programs):
+                if tl.max(_flags(FLAGS, tile + tl.arange(0, 1), tiles, group, q_len, FLAG_ROWS, ROWS), 0) != 0:
+                    _attend_exact(
+                        tile, Q, K, V, OUT, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
+                        stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+                        stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
+                        Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn,
+                        k_eps, Q_NORM, Q_ROPE, K_NORM, K_ROPE, IS_CAUSAL, COLUMNS, ROWS, KEYS,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _flags(FLAGS, tile, tiles, group, q_len, FLAG_ROWS: tl.constexpr, ROWS: tl.constexpr):
+    """Whether each of some tiles has a flag."""
     row_tiles = tl.cdiv(q_len, ROWS)
-    head = (tl.program_id(0) // row_tiles).to(tl.int64)
-    if FLAG_ROWS:
-        flags = tl.cdiv(q_len, FLAG_ROWS)
-        mine = tl.program_id(0) % row_tiles * (ROWS // FLAG_ROWS) + tl.arange(0, ROWS // FLAG_ROWS)
-        flag = tl.max(tl.load(FLAGS + head * flags + mine, mask=mine < flags, other=0), 0)
-    else:
-        flag = tl.load(FLAGS + head // group)
-    if flag == 0:
-        return
+    head = (tile // row_tiles).to(tl.int64)
+    if FLAG_ROWS == 0:
+        return tl.load(FLAGS + head // group, mask=tile < tiles, other=0)
+    of_head = tl.cdiv(q_len, FLAG_ROWS)
+    index = (tile % row_tiles * (ROWS // FLAG_ROWS))[:, None] + tl.arange(0, ROWS // FLAG_ROWS)[None, :]
+    inside = (tile < tiles)[:, None] & (index < of_head)
+    return tl.max(tl.load(FLAGS + (head * of_head)[:, None] + index, mask=inside, other=0), 1)
+
+
+@triton.jit
+def _attend_exact(
+    tile, Q, K, V, OUT, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
+    Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn, k_eps,
+    Q_NORM: tl.constexpr, Q_ROPE: tl.constexpr, K_NORM: tl.constexpr, K_ROPE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows."""
+    row_tiles = tl.cdiv(q_len, ROWS)
+    head = (tile // row_tiles).to(tl.int64)
     batch, q_head = head // q_heads, head % q_heads
     kv_head = q_head // group
-    first = tl.program_id(0) % row_tiles * ROWS
+    first = tile % row_tiles * ROWS
     rows = first + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     in_head = (columns < head_dim)[None, :]
@@ -77,8 +169,14 @@ def _attend_exact(
     K += batch * stride_kb + kv_head * stride_kh
     V += batch * stride_vb + kv_head * stride_vh
     OUT += batch * stride_ob + q_head * stride_oh
+    Q_COS += batch * stride_qtb
+    Q_SIN += batch * stride_qtb
+    K_COS += batch * stride_ktb
+    K_SIN += batch * stride_ktb
     in_out = (rows < q_len)[:, None] & in_head
-    q = tl.load(Q + _offset(rows, stride_qn)[:, None] + _offset(columns, stride_qd)[None, :], mask=in_out, other=0.0)
+    q = _load(
+        Q, rows, stride_qn, stride_qd, columns, in_out, Q_W, Q_COS, Q_SIN, stride_qtn, q_eps, head_dim, Q_NORM, Q_ROPE
+    )
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -93,9 +191,10 @@ def _attend_exact(
     for start in tl.range(0, whole, KEYS):
         tokens = start + tl.arange(0, KEYS)
         in_kv = (tokens < kv_len)[:, None] & in_head
-        k = tl.load(
-            K + _offset(tokens, stride_kn)[:, None] + _offset(columns, stride_kd)[None, :], mask=in_kv, other=0.0
-        )
+        k = _load(
+            K, tokens, stride_kn, stride_kd, columns, in_kv, K_W, K_COS, K_SIN, stride_ktn, k_eps, head_dim,
+            K_NORM, K_ROPE,
+        )  # fmt: skip
         v = tl.load(
             V + _offset(tokens, stride_vn)[:, None] + _offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
         )
@@ -107,9 +206,12 @@ def _attend_exact(
 
     # The diagonal, key by key: a product with a masked P of zero would carry NaN and Inf of V into rows that see none.
     for token in tl.range(whole, end):
-        k_row = tl.load(K + _offset(token, stride_kn) + _offset(columns, stride_kd), mask=columns < head_dim, other=0.0)
+        k_row = _load(
+            K, token + tl.arange(0, 1), stride_kn, stride_kd, columns, in_head, K_W, K_COS, K_SIN, stride_ktn, k_eps,
+            head_dim, K_NORM, K_ROPE,
+        )  # fmt: skip
         v_row = tl.load(V + _offset(token, stride_vn) + _offset(columns, stride_vd), mask=columns < head_dim, other=0.0)
-        x = tl.sum(q.to(tl.float32) * k_row.to(tl.float32)[None, :], 1) * scale_log2e
+        x = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1) * scale_log2e
         visible = rows >= token
         x = tl.where(visible, x, float("-inf"))
         row_max, rescale, p = _step(row_max, x[:, None], x)
