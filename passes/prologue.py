@@ -174,13 +174,12 @@ def _is_foreign(node: fx.Node) -> bool:
 
 def _same_memory(a: Operand, b: Operand) -> bool:
     """Whether two tensors are the same elements of the same memory in the same order."""
-    seen = [tensor(item.node) for item in (a, b)]
-    facts = [
-        (str(found.shape), str(found.stride()), str(found.storage_offset()), found.dtype, storage(found))
-        for found in seen
-        if found is not None
-    ]
-    return a.order == b.order and facts[0] == facts[1] and facts[0][-1] is not None
+    one, other = tensor(a.node), tensor(b.node)
+    assert one is not None and other is not None
+    if storage(one) is None or storage(one) != storage(other) or one.dtype != other.dtype:
+        return False
+    layouts = [(x.shape, x.stride(), x.storage_offset()) for x in (one, other)]
+    return str(layouts[0]) == str(layouts[1])
 
 
 def _uncast(node: Any) -> Any:

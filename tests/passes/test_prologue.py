@@ -120,12 +120,12 @@ def with_root(root: Make) -> Callable[[], nn.Module]:
 NOT_NORMS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(D, eps=EPS),
     "over the heads too": lambda: nn.RMSNorm((H, D), eps=EPS),
-    "over the tokens": lambda: Spelled(lambda x, w: F.rms_norm(x.movedim(1, 3), (N,), None, EPS).movedim(3, 1)),
+    "over the tokens": lambda: Spelled(lambda x, w: F.rms_norm(x.transpose(1, 3), (N,), None, EPS).transpose(1, 3)),
     "mean over the tokens": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS) * w),
     "mean over heads": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).mean((2, 3), keepdim=True) + EPS)),
     "sum": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * w),
     "another power": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + EPS) * w),
-    "of something else": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.flip(3).pow(2).mean(-1, True) + EPS) * 2),
+    "of something else": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.flip(1).pow(2).mean(-1, True) + EPS) * w),
     "eps outside the root": with_root(lambda mean: mean.rsqrt() + EPS),
     "eps on the root": with_root(lambda mean: 1 / (mean.sqrt() + EPS)),
     "no eps": with_root(torch.rsqrt),
@@ -207,6 +207,13 @@ def partial(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turn(x, cos[..., : D // 2], sin[..., : D // 2], turned), rest), -1)
 
 
+def tokens_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE that takes the tokens for the channels, x (B, N, H, D)."""
+    x = x.transpose(1, 3)
+    turned = torch.cat((-x[..., N // 2 :], x[..., : N // 2]), -1)
+    return x * cos.mT.unsqueeze(2) + turned * sin.mT.unsqueeze(2)
+
+
 NOT_ROPES: dict[str, Make] = {
     "subtracted": lambda x, c, s: x * c[:, :, None] - halves(x) * s[:, :, None],
     "the second half negated": lambda x, c, s: turn(x, c, s, torch.cat((x[..., 32:], -x[..., :32]), -1)),
@@ -225,6 +232,7 @@ NOT_ROPES: dict[str, Make] = {
     "stacked in front": lambda x, c, s: turn(x, c, s, torch.stack((-x[..., 1::2], x[..., ::2]), -2).flatten(3)),
     "rolled by a half": lambda x, c, s: turn(x, c, s, -x.roll(32, -1)),
     "some channels only": partial,
+    "of the tokens": lambda x, c, s: tokens_last(x, c, s).transpose(1, 3),
     "tables that depend on the head": lambda x, c, s: (
         x * torch.stack([c, s, c, s], 2) + halves(x) * torch.stack([s, c, s, c], 2)
     ),
@@ -273,6 +281,9 @@ def quantized_linear(x: Tensor) -> Tensor:
 
 
 quantized_linear.register_fake(torch.empty_like)
+library = torch.library.Library("sagecompile_tests", "FRAGMENT")
+library.define("doubled(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.impl("doubled", lambda x: x * 2, "CompositeImplicitAutograd")
 
 SOURCES: dict[str, tuple[Make, bool]] = {
     "an input": (lambda x: x, True),
@@ -290,6 +301,7 @@ SOURCES: dict[str, tuple[Make, bool]] = {
     ),
     "a slice": (lambda x: linear(x)[:, :, :, :], True),
     "a custom op": (quantized_linear, True),
+    "a custom op of other ops": (lambda x: torch.ops.sagecompile_tests.doubled(x), False),
     "rows by index": (lambda x: linear(x)[:, torch.arange(N)], False),
     "pointwise": (lambda x: linear(x) + 0.1, False),
     "a norm of all heads": (lambda x: F.rms_norm(linear(x).flatten(2), (H * D,), None, EPS).view(x.shape), False),
@@ -384,6 +396,12 @@ def test_q_and_k_of_other_tables() -> None:
         return attend(turn(q, both[0], both[1], pairs(q)), turn(k, both[1], both[0], pairs(k)), v)
 
     assert fused(views_of_one_table, *projected(), torch.stack(tables())) == "Q-RoPE"
+
+    def other_rows_of_one_table(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = turn(q, cos[:, :N], sin[:, :N], pairs(q)), turn(k, cos[:, ::2], sin[:, ::2], pairs(k))
+        return attend(q, k, v)
+
+    assert fused(other_rows_of_one_table, *projected(), *tables(length=2 * N)) == "Q-RoPE"
 
 
 @pytest.mark.usefixtures("not_quantized")
