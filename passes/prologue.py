@@ -301,11 +301,9 @@ def _tables(cos: Any, sin: Any, x: Operand) -> tuple[Operand, ...]:
     if seen is None or other is None or _sizes(cos) != _sizes(sin) or seen.dtype != other.dtype:
         return ()
     sizes = [*["1"] * (4 - seen.dim()), *_sizes(cos)]
-    batch, heads, tokens, head_dim = (sizes[dim] for dim in x.order)
-    wanted = [str(size) for size in x.sizes]
-    if batch not in ("1", wanted[0]) or heads != "1" or [tokens, head_dim] != wanted[2:]:
-        return ()
-    return Operand(cos, x.order), Operand(sin, x.order)
+    _, heads, *rest = (sizes[dim] for dim in x.order)
+    alike = heads == "1" and rest == [str(size) for size in x.sizes[2:]]
+    return (Operand(cos, x.order), Operand(sin, x.order)) if alike else ()
 
 
 def _turned(node: Any) -> tuple[fx.Node, str] | None:

@@ -124,6 +124,7 @@ NOT_NORMS: dict[str, Callable[[], nn.Module]] = {
     "mean over the tokens": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS) * w),
     "mean over heads": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).mean((2, 3), keepdim=True) + EPS)),
     "sum": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * w),
+    "of x and another": lambda: Spelled(lambda x, w: x * torch.rsqrt((x * x.sign()).mean(-1, keepdim=True) + EPS) * w),
     "another power": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + EPS) * w),
     "of something else": lambda: Spelled(lambda x, w: x * torch.rsqrt(x.flip(1).pow(2).mean(-1, True) + EPS) * w),
     "eps outside the root": with_root(lambda mean: mean.rsqrt() + EPS),
@@ -147,6 +148,15 @@ NOT_NORMS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", NOT_NORMS)
 def test_not_norms(name: str) -> None:
     assert fused(Normed(NOT_NORMS[name]), *projected(EPS**0.5)) == ""
+
+
+@pytest.mark.usefixtures("not_quantized")
+def test_a_mean_without_keepdim_that_fits_another_dim() -> None:
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1) + EPS)
+
+    q, k, v = 0.01 * torch.arange(3 * D**3).reshape(3, 1, D, D, D).sin()
+    assert fused(lambda q, k, v: attend(norm(q), norm(k), v), q, k, v) == ""
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, turned: Tensor) -> Tensor:
@@ -224,6 +234,10 @@ NOT_ROPES: dict[str, Make] = {
     "slices of another dim": lambda x, c, s: turn(x, c, s, torch.cat((-x[:, :, 2:], x[:, :, :2]), 2)),
     "halves of something else": lambda x, c, s: turn(x, c, s, halves(x.flip(1))),
     "three parts": lambda x, c, s: turn(x, c, s, torch.cat((-x[..., 32:], x[..., :16], x[..., 16:32]), -1)),
+    "one part": lambda x, c, s: turn(x, c, s, torch.cat((-x,), -1)),
+    "pairs put together as halves, in x's shape": lambda x, c, s: turn(
+        x, c, s, torch.cat((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape)
+    ),
     "the first of a pair twice": lambda x, c, s: turn(x, c, s, torch.stack((-x[..., ::2], x[..., ::2]), -1).flatten(3)),
     "pairs put together as halves": lambda x, c, s: turn(x, c, s, torch.cat((-x[..., 1::2], x[..., ::2]), -1)),
     "halves put together as pairs": lambda x, c, s: turn(
@@ -253,6 +267,12 @@ NOT_ROPES: dict[str, Make] = {
 @pytest.mark.parametrize("name", NOT_ROPES)
 def test_not_ropes(name: str) -> None:
     assert fused(roped(NOT_ROPES[name]), *projected(), *tables()) == ""
+
+
+@pytest.mark.usefixtures("not_quantized")
+def test_a_batch_that_only_the_tables_have() -> None:
+    q, k, v = projected()
+    assert fused(roped(ROPES["Llama"]), q[:1], k[:1], v, *tables(B)) == ""
 
 
 def normed(x: Tensor, weight: Tensor) -> Tensor:
