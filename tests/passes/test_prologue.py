@@ -234,6 +234,11 @@ NOT_ROPES: dict[str, Make] = {
     "slices of another dim": lambda x, c, s: turn(x, c, s, torch.cat((-x[:, :, 2:], x[:, :, :2]), 2)),
     "halves of something else": lambda x, c, s: turn(x, c, s, halves(x.flip(1))),
     "three parts": lambda x, c, s: turn(x, c, s, torch.cat((-x[..., 32:], x[..., :16], x[..., 16:32]), -1)),
+    "the absolute value": lambda x, c, s: turn(x, c, s, torch.cat((x[..., 32:].abs(), x[..., :32]), -1)),
+    "halves of two": lambda x, c, s: turn(x, c, s, torch.cat((-x[..., 32:], x.flip(1)[..., :32]), -1)),
+    "halves of other tokens": lambda x, c, s: turn(
+        x, c, s, torch.cat((-x[:, torch.arange(N).flip(0), :, 32:], x[..., :32]), -1)
+    ),
     "one part": lambda x, c, s: turn(x, c, s, torch.cat((-x,), -1)),
     "pairs put together as halves, in x's shape": lambda x, c, s: turn(
         x, c, s, torch.cat((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape)
