@@ -534,3 +534,9 @@ def test_compiled_block(rope: str, dtype: torch.dtype) -> None:
     assert [entry.decision.fused for entry in report.used] == [ALL]
     exact = block.double()(*(x.double() for x in args))
     assert out.dtype == dtype and relative_error(out, exact) <= TOLERANCE[FAST]
+
+
+def test_nothing_of_it_stays_in_the_graph() -> None:
+    """Nor the lists that `unbind` makes."""
+    _, backend = rewritten(both, *given(), formats=(FAST,))
+    assert set(backend.targets) <= {"transpose", "permute", "unsqueeze", "squeeze", "qk_norm_rope_attention.default"}
