@@ -7,7 +7,7 @@ no memory traffic, because others read the result too, or because memory does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -32,6 +32,12 @@ WRITTEN = (
 """Calls whose result Inductor writes to memory, and does not compute where it is read."""
 
 
+Kind = tuple[bool, torch.dtype | None, str, torch.dtype | None]
+"""Whether there is a norm, the dtype of its weight, which RoPE, the dtype of its tables."""
+CanFuse = Callable[[AttentionSite, str, str, Kind, Kind], str | None]
+"""(site, format, provider, of q, of k) to None if that provider's kernels can do it, else the reason why not."""
+
+
 @dataclass(frozen=True)
 class Prologue:
     """`source`, and what makes q or k of it: x * rsqrt(mean(x^2) + eps) * weight, then x * cos + turned(x) * sin."""
@@ -48,6 +54,13 @@ class Prologue:
     @property
     def is_empty(self) -> bool:
         return self.eps is None and self.rope == "none"
+
+    @property
+    def kind(self) -> Kind:
+        """What kernels are compiled for."""
+        weight, table = tensor(self.weight), tensor(self.tables[0].node if self.tables else None)
+        dtypes = [None if found is None else found.dtype for found in (weight, table)]
+        return self.eps is not None, dtypes[0], self.rope, dtypes[1]
 
 
 def recognise(q: fx.Node, k: fx.Node, site: AttentionSite, format: str, anchor: fx.Node) -> tuple[Prologue, Prologue]:

@@ -20,19 +20,19 @@ from sagecompile.formats import PROVIDERS
 from . import prologue
 from .graph import Builder, erase_dead, tensor
 from .pattern import Match
-from .prologue import Prologue
+from .prologue import CanFuse, Prologue
 
 
-def rewrite(used: Sequence[tuple[Match, Use]]) -> list[Use]:
+def rewrite(used: Sequence[tuple[Match, Use]], can_fuse: CanFuse) -> list[Use]:
     """Replace each match's anchor by the op of its decision, in the graph that it is in; return what was done."""
-    done = [_replace(match, use) for match, use in used]
+    done = [_replace(match, use, can_fuse) for match, use in used]
     for graph in {match.anchor.graph: None for match, _ in used}:
         erase_dead(graph, [match.anchor for match, _ in used if match.anchor.graph is graph])
         graph.lint()
     return done
 
 
-def _replace(match: Match, use: Use) -> Use:
+def _replace(match: Match, use: Use, can_fuse: CanFuse) -> Use:
     """One anchor; the decision comes back with what else was fused."""
     fused = ""
 
@@ -47,8 +47,9 @@ def _replace(match: Match, use: Use) -> Use:
         }
         if PROVIDERS[use.provider].prologues:
             q_made, k_made = prologue.recognise(q, k, match.site, use.format, match.anchor)
-            fused = prologue.describe(q_made, k_made)
-            if fused:
+            found = prologue.describe(q_made, k_made)
+            if found and can_fuse(match.site, use.format, use.provider, q_made.kind, k_made.kind) is None:
+                fused = found
                 return _attend_from_projections(build, q_made, k_made, v, how)
         return build.call(torch.ops.sagecompile.attention.default, q, k, v, **how)
 

@@ -52,7 +52,7 @@ def sage_inductor(
     ours, inductor_options = settings.resolve(options)
     inductor = _inductor(mode, inductor_options)
     dump(gm, "before")
-    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)))
+    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)), available.prologue_refusal)
     dump(gm, "after")
     logger.info(done.summary())
     logger.debug("\n%s", done)
@@ -99,7 +99,7 @@ def explain_with(
         nonlocal found
         dump(gm, "before")
         rewritten = _copy(gm)
-        found += passes.run(rewritten, decision)
+        found += passes.run(rewritten, decision, available.prologue_refusal)
         dump(rewritten, "after")
         return gm.forward
 

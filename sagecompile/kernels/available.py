@@ -20,6 +20,7 @@ from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite, Device
 
 from . import launcher
+from .prologue import Kind, Prologue, example
 
 logger = logging.getLogger("sagecompile")
 
@@ -70,6 +71,13 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
 
 
+def prologue_refusal(site: AttentionSite, format: str, provider: str, q: Kind, k: Kind) -> str | None:
+    """Why a provider that runs this site cannot do these prologues of its q and k as well, or None if it can."""
+    if provider == "reference":
+        return None
+    return _trial(provider, format, site.device, site.head_dim, site.dtype, site.is_causal, (q, k))
+
+
 def _limit(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
     """What the table, or a provider itself, says before any trial."""
     needed = PROVIDERS[provider].compute_capability
@@ -115,11 +123,19 @@ def _sageattention_installed() -> tuple[str | None, str]:
 
 
 @cache
-def _trial(provider: str, format: str, device_name: str, head_dim: int, dtype: str, is_causal: bool) -> str | None:
+def _trial(
+    provider: str,
+    format: str,
+    device_name: str,
+    head_dim: int,
+    dtype: str,
+    is_causal: bool,
+    prologues: tuple[Kind, Kind] | None = None,
+) -> str | None:
     """Build and launch the kernel on a small input and compare it with SDPA; the failure as text, or None."""
     try:
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-            error = _trial_error(provider, format, torch.device(device_name), head_dim, dtype, is_causal)
+            error = _trial_error(provider, format, torch.device(device_name), head_dim, dtype, is_causal, prologues)
     # Broad on purpose: whatever a broken package, compiler or driver raises, the model must still run without us.
     except Exception as failure:
         reason = f"{provider} failed: {type(failure).__name__}: {str(failure).strip() or 'no message'}"
@@ -133,12 +149,26 @@ def _trial(provider: str, format: str, device_name: str, head_dim: int, dtype: s
     return reason
 
 
-def _trial_error(provider: str, format: str, where: torch.device, head_dim: int, dtype: str, is_causal: bool) -> float:
+def _trial_error(
+    provider: str,
+    format: str,
+    where: torch.device,
+    head_dim: int,
+    dtype: str,
+    is_causal: bool,
+    prologues: tuple[Kind, Kind] | None,
+) -> float:
     generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay as they are
     tokens = 256 if provider == "sageattention" else TRIAL_TOKENS  # that package is used on whole blocks only
     shape = (3, 1, 2, tokens, head_dim)
     q, k, v = torch.randn(shape, generator=generator).to(where, getattr(torch, dtype))
     out = torch.empty_like(q)
-    launcher(provider)(q, k, v, out, scale=head_dim**-0.5, is_causal=is_causal, format=format)
+    made: dict[str, Prologue] = {}
+    if prologues is not None:
+        for name, kind in zip(("q_prologue", "k_prologue"), prologues, strict=True):
+            made[name] = example(kind, tokens, head_dim, generator, where)
+    launcher(provider)(q, k, v, out, scale=head_dim**-0.5, is_causal=is_causal, format=format, **made)
+    if made:
+        q, k = made["q_prologue"].apply(q), made["k_prologue"].apply(k)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
     return float((out.float() - expected).norm() / expected.norm())

@@ -41,6 +41,23 @@ class Prologue:
         return x * self.cos.float().unsqueeze(1) + turned(x, self.rope) * self.sin.float().unsqueeze(1)
 
 
+Kind = tuple[bool, torch.dtype | None, str, torch.dtype | None]
+"""What kernels are compiled for: whether there is a norm, its weight's dtype, which RoPE, its tables' dtype."""
+
+
+def example(kind: Kind, tokens: int, head_dim: int, generator: torch.Generator, where: torch.device) -> Prologue:
+    """A prologue of this kind on random numbers."""
+    norm, weight_dtype, rope, table_dtype = kind
+
+    def on_device(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+        return None if dtype is None else x.to(where, dtype)
+
+    weight = on_device(0.5 + torch.rand(head_dim, generator=generator), weight_dtype)
+    turns = 6.3 * torch.rand((1, tokens, head_dim), generator=generator)
+    cos, sin = on_device(turns.cos(), table_dtype), on_device(turns.sin(), table_dtype)
+    return Prologue(1e-6 if norm else None, weight, rope, cos, sin)
+
+
 def turned(x: torch.Tensor, rope: str) -> torch.Tensor:
     """Each channel's partner, negated in the first of the two."""
     if rope == "half":

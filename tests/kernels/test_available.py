@@ -16,6 +16,7 @@ from sagecompile import formats
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import available, hopper
 from sagecompile.kernels.hopper import runtime
+from sagecompile.ops import reference
 from sagecompile.report import recording
 from sagecompile.site import AttentionSite, Device
 
@@ -159,3 +160,21 @@ def test_the_trial_runs_in_inference_mode_too(install):
     install(sdpa)
     with torch.inference_mode():
         assert available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) is None
+
+
+class TestPrologueRefusal:
+    KIND = (True, torch.float32, "half", torch.float32)
+
+    def test_a_kernel_that_does_the_prologue_is_trusted(self, monkeypatch):
+        """Here the reference stands in for a provider with kernels."""
+        monkeypatch.setattr(available, "launcher", lambda provider: reference.attention)
+        assert available.prologue_refusal(SITE, "qk_int8_pv_fp8", "hopper", self.KIND, self.KIND) is None
+
+    @pytest.mark.parametrize("ignored", ["q_prologue", "k_prologue"])
+    def test_one_that_does_not_is_refused(self, monkeypatch, ignored):
+        def attention(*tensors, **how):
+            reference.attention(*tensors, **how | {ignored: None})
+
+        monkeypatch.setattr(available, "launcher", lambda provider: attention)
+        refused = available.prologue_refusal(SITE, "qk_int8_pv_fp8", "hopper", self.KIND, self.KIND)
+        assert refused is not None and "hopper wrong: relative error" in refused

@@ -245,7 +245,7 @@ class TestCut:
         assert cut.tail_rows < 192 and 32 * cut.whole <= 10 * 132
 
 
-NO_PROLOGUE = hopper._prepare(None, torch.empty(1, 1, 1, 64), hopper.Variant(64, torch.bfloat16, True)).defines
+NO_PROLOGUE = hopper._NOTHING.defines
 NORM_AND_ROPE = (("NORM", 1), ("WEIGHT", 1), ("ROPE", 1), ("TABLE", 1))
 
 

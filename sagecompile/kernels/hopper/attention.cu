@@ -123,15 +123,19 @@ __device__ __forceinline__ Work& work_of(int turn) {
     return *reinterpret_cast<Work*>(memory + Shared::work + turn % TURNS * 32);
 }
 
-// Brings the rows of Q that this block takes next into the second-level cache.
-__device__ __forceinline__ void prefetch_q(const Parameters& p, const Work& work) {
+// Brings the rows of Q that this block takes next into the second-level cache, line by line.
+__device__ __forceinline__ void prefetch_q(const Parameters& p, const Work& work, int lane) {
     if (!work.valid || !p.q.vectors) return;
-    for (int row = work.first_row; row < work.end_row; ++row)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     ::"l"(p.q.row(work.batch, work.head, row)), "n"(D * ELEMENT));
+    for (int row = work.first_row + lane; row < work.end_row; row += 32) {
+        const char* line = p.q.row(work.batch, work.head, row);
+#pragma unroll
+        for (int i = 0; i < D * ELEMENT; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(line + i));
+    }
 }
 
+// By one warp, of which one thread starts the copies.
 __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
+    const int lane = threadIdx.x;
     Pipeline pipe{base};
     // This kernel may start while the last tiles are still being written. Only here must one wait: no other thread
     // touches what quantize.cu writes before a tile has come, and what it reads was there before quantize.cu started.
@@ -139,20 +143,24 @@ __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
     Work work = work_of(0);
     for (int turn = 1; work.valid; ++turn) {
         const Work next(p, turn);
-        work_of(turn) = next;
+        if (lane == 0) work_of(turn) = next;
+        prefetch_q(p, next, lane);
         const int row = work.batch * p.heads + work.head;
         const char* tiles = p.tiles + static_cast<int64>(row / p.group) * p.kv_tiles * KV_TILE;
         for (int i = work.tiles - 1; i >= 0; --i) {
             const char* tile = tiles + static_cast<int64>(i) * KV_TILE;
             barrier_wait(pipe.empty_k(), pipe.phase ^ 1);
-            barrier_expect(pipe.full_k(), K_TILE_WITH_HEADER);
-            bulk_load(pipe.k(), tile, K_TILE_WITH_HEADER, pipe.full_k());
+            if (lane == 0) {
+                barrier_expect(pipe.full_k(), K_TILE_WITH_HEADER);
+                bulk_load(pipe.k(), tile, K_TILE_WITH_HEADER, pipe.full_k());
+            }
             barrier_wait(pipe.empty_v(), pipe.phase ^ 1);
-            barrier_expect(pipe.full_v(), V_TILE);
-            bulk_load(pipe.v(), tile + K_TILE_WITH_HEADER, V_TILE, pipe.full_v());
+            if (lane == 0) {
+                barrier_expect(pipe.full_v(), V_TILE);
+                bulk_load(pipe.v(), tile + K_TILE_WITH_HEADER, V_TILE, pipe.full_v());
+            }
             pipe.advance();
         }
-        prefetch_q(p, next);
         work = next;
     }
 }
@@ -303,6 +311,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void release(Pipeline& pipe, unsigned barrier) {
+        __syncwarp();  // all lanes have read
         if (lane == 0) barrier_arrive(barrier);
         pipe.advance();
     }
@@ -595,6 +604,8 @@ struct Consumer {
         pin(o);
 #endif
         first_tile(tiles - 1, words);
+        const bool early = !FP8 || tiles <= FLUSH;  // then no sums move to where the rows of Q go
+        if (early) fetch_q(turn + 1);
         // By two, because with OVERLAP P of one tile is still being read when the next one's is written.
         for (int tile = tiles - 2; tile >= 0; tile -= 2) {
             next_tile(tile, words, next);
@@ -611,7 +622,7 @@ struct Consumer {
         wgmma_wait<0>();
         take_pv(words, 0.0f);
         if (FP8 && in_shared) collect();
-        fetch_q(turn + 1);
+        if (!early) fetch_q(turn + 1);
         store(p, head / p.heads, head % p.heads, row, t, o, softmax.sum);
         const float unit = fmaxf(softmax.q_factor[0], softmax.q_factor[1]) * softmax.k_scale_max;
         const bool again = __any_sync(~0u, !(unit <= STEEPEST));  // zero times Inf is NaN
@@ -623,6 +634,7 @@ struct Consumer {
 // Grid: as many blocks as multiprocessors, or as query tiles if these are fewer.
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
     attend(const __grid_constant__ Parameters p) {
+    asm volatile("griddepcontrol.launch_dependents;");  // the exact kernel waits until this one has ended
     const unsigned base = shared_address(memory);
     if (threadIdx.x == 0) {
         Pipeline pipe{base};
@@ -639,7 +651,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
     // Registers of the loader's warpgroup go to the others.
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 32 : 24));
-        if (threadIdx.x == 0) load_tiles(p, base);
+        if (threadIdx.x < 32) load_tiles(p, base);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 160 : 240));
         Consumer consumer(p, base);

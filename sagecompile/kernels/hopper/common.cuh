@@ -216,8 +216,8 @@ __device__ __forceinline__ uint4 pack_row(const float (&x)[16], float inverse) {
 // The largest |value| as bits of a float: at least INFINITY_BITS if one is not finite.
 template <int count>
 __device__ __forceinline__ unsigned amax_bits(const float (&values)[count]) {
-    unsigned largest = 0;
+    float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < count; ++i) largest = max(largest, __float_as_uint(values[i]) & 0x7fffffffu);
-    return largest;
+    for (int i = 0; i < count; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(values[i])));
+    return __float_as_uint(largest) & 0x7fffffffu;
 }

@@ -14,6 +14,7 @@ struct Parameters {
     char* tiles;
     int heads, length, head_dim;
     int count, all;  // tiles of one head, and of all
+    int k_blocks;    // blocks that share the tiles of K; the others share those of V
 };
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES, "as in __init__.py");
@@ -118,6 +119,20 @@ __device__ __forceinline__ unsigned max_of_tile(unsigned largest, unsigned* scra
     return max_of_block(largest, scratch);
 }
 
+// A tile: its head, and its first token.
+struct Position {
+    int batch, head;
+    int64 first;
+    __device__ __forceinline__ Position(const Parameters& p, int tile)
+        : batch(tile / p.count / p.heads), head(tile / p.count % p.heads), first(tile % p.count * TILE) {}
+
+    __device__ __forceinline__ void advance(const Parameters& p) {
+        if ((first += TILE) < p.length) return;
+        first = 0;
+        if (++head == p.heads) head = 0, ++batch;
+    }
+};
+
 // This thread's part of a tile: from memory by chunks of 16 bytes, then quantized.
 struct KeyTile {
     static constexpr bool OF_K = true;
@@ -129,8 +144,8 @@ struct KeyTile {
     }
     static __device__ __forceinline__ int channel(int chunk) { return Row::offset(chunk % Row::CHUNKS, t()) / ELEMENT; }
 
-    static __device__ __forceinline__ void quantize(const Parameters& p, const uint4 (&words)[CHUNKS], int batch,
-                                                    int64 first, const float* mean, char* tile, char* staged,
+    static __device__ __forceinline__ void quantize(const Parameters& p, const uint4 (&words)[CHUNKS],
+                                                    const Position& at, const float* mean, char* tile, char* staged,
                                                     unsigned* scratch) {
         float x[PASSES][16];
         unsigned largest = 0;
@@ -140,9 +155,9 @@ struct KeyTile {
 #pragma unroll
             for (int i = 0; i < Row::CHUNKS; ++i) raw.words[i] = words[pass * Row::CHUNKS + i];
             raw.unpack(x[pass]);
-            const int64 n = first + token(pass * Row::CHUNKS);
+            const int64 n = at.first + token(pass * Row::CHUNKS);
             const bool inside = n < p.length;
-            p.prologue.apply(x[pass], batch, n, inside, t());
+            p.prologue.apply(x[pass], at.batch, n, inside, t());
             if (inside && is_mine()) {
 #pragma unroll
                 for (int i = 0; i < 16; ++i) x[pass][i] -= mean[t() * MEAN_PITCH + i];
@@ -259,55 +274,55 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
     __shared__ unsigned scratch[WARPS];
     char* own = staged + STAGED + threadIdx.x * 16;
 
-    const auto source = [&](int item, int chunk, bool& inside) {
-        const int head = item / p.count;
-        const int64 n = item % p.count * TILE + Tile::token(chunk);
-        inside = item < end && n < p.length && Tile::is_mine();
-        return x.row(head / p.heads, head % p.heads, n);
+    const auto chunk_of = [&](int item, int i) -> char* {
+        return own + ((item - begin) % STAGES * CHUNKS + i) * (THREADS * 16);
     };
+    Position coming(p, begin);
     const auto request = [&](int item) {
-        if (x.vectors) {
+        if (x.vectors && item < end) {
+            const char* head = x.row(coming.batch, coming.head, coming.first);
 #pragma unroll
-            for (int i = 0; i < Tile::CHUNKS; ++i) {
-                bool inside;
-                const char* row = source(item, i, inside) + Tile::channel(i) * ELEMENT;
-                copy_async(shared_address(own + ((item - begin) % STAGES * CHUNKS + i) * (THREADS * 16)), row, inside);
-            }
+            for (int i = 0; i < Tile::CHUNKS; ++i)
+                copy_async(shared_address(chunk_of(item, i)),
+                           head + Tile::token(i) * x.token + Tile::channel(i) * ELEMENT,
+                           Tile::is_mine() && coming.first + Tile::token(i) < p.length);
         }
+        coming.advance(p);
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
 
     for (int i = 0; i < STAGES; ++i) request(begin + i);
+    Position at(p, begin);
     float usual = 0.0f;
-    for (int item = begin; item < end; ++item) {
-        const int row = item / p.count, batch = row / p.heads, head = row % p.heads;
-        const int64 first = item % p.count * TILE;
-        if (item == begin || first == 0) {  // of a head the first tile here
-            if constexpr (Tile::OF_K) take_mean(p, batch, head, mean);
-            else if constexpr (FP8) usual = usual_amax(p, batch, head, scratch);
+    for (int item = begin; item < end; ++item, at.advance(p)) {
+        if (item == begin || at.first == 0) {  // of a head the first tile here
+            if constexpr (Tile::OF_K) take_mean(p, at.batch, at.head, mean);
+            else if constexpr (FP8) usual = usual_amax(p, at.batch, at.head, scratch);
         }
         uint4 words[Tile::CHUNKS] = {};
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
 #pragma unroll
         for (int i = 0; i < Tile::CHUNKS; ++i) {
-            bool inside;
-            const char* from = source(item, i, inside);
-            if (x.vectors)
-                words[i] = *reinterpret_cast<uint4*>(own + ((item - begin) % STAGES * CHUNKS + i) * (THREADS * 16));
-            else if (inside) words[i] = x.gather(from, Tile::channel(i), p.head_dim);
+            const int64 n = at.first + Tile::token(i);
+            if (x.vectors) words[i] = *reinterpret_cast<uint4*>(chunk_of(item, i));
+            else if (Tile::is_mine() && n < p.length)
+                words[i] = x.gather(x.row(at.batch, at.head, n), Tile::channel(i), p.head_dim);
         }
         request(item + STAGES);
         char* tile = p.tiles + static_cast<int64>(item) * KV_TILE;
-        if constexpr (Tile::OF_K) Tile::quantize(p, words, batch, first, mean, tile, staged, scratch);
+        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, mean, tile, staged, scratch);
         else Tile::quantize(p, words, usual, tile, staged, scratch);
     }
     bulk_stored();
 }
 
-// Grid: (as many blocks as share the tiles, 2): blocks for K, and blocks for V.
+// Grid: as many blocks as run at the same time.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) quantize_kv(const __grid_constant__ Parameters p) {
-    const int begin = static_cast<int64>(blockIdx.x) * p.all / gridDim.x;
-    const int end = static_cast<int64>(blockIdx.x + 1) * p.all / gridDim.x;
-    if (blockIdx.y == 0) quantize<KeyTile>(p, p.k, begin, end);
+    asm volatile("griddepcontrol.launch_dependents;");  // `attend` may take multiprocessors as they become free
+    const bool of_k = blockIdx.x < p.k_blocks;
+    const int64 block = of_k ? blockIdx.x : blockIdx.x - p.k_blocks;
+    const int64 blocks = of_k ? p.k_blocks : gridDim.x - p.k_blocks;
+    const int begin = block * p.all / blocks, end = (block + 1) * p.all / blocks;
+    if (of_k) quantize<KeyTile>(p, p.k, begin, end);
     else quantize<ValueTile>(p, p.v, begin, end);
 }

@@ -8,6 +8,7 @@ so that finding none costs little more than a launch, and no sync.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from sagecompile.kernels.prologue import ROPES, Prologue
 
@@ -28,11 +29,13 @@ def recompute_flagged(
     is_causal: bool,
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
+    overlap: bool = False,
 ) -> None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read.
 
     flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
     A flag makes its whole tile exact: 64 rows, or 32 in float32.
+    overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
     """
     batch, q_heads, q_len, head_dim = q.shape
@@ -50,7 +53,7 @@ def recompute_flagged(
             *q.stride(), *k.stride(), *v.stride(), *out.stride(), *q_arguments, *k_arguments,
             Q_NORM=q_norm, Q_ROPE=q_rope, K_NORM=k_norm, K_ROPE=k_rope,
             FLAG_ROWS=flag_rows, IS_CAUSAL=is_causal, COLUMNS=64 if head_dim <= 64 else 128, ROWS=rows, KEYS=keys,
-            AT_ONCE=32, num_warps=8, num_stages=1,
+            AT_ONCE=32, OVERLAP=overlap, num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
 
 
@@ -116,9 +119,11 @@ def _attend_flagged(
     Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn, k_eps,
     Q_NORM: tl.constexpr, Q_ROPE: tl.constexpr, K_NORM: tl.constexpr, K_ROPE: tl.constexpr,
     FLAG_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: any; a program looks at the tiles of rows pid, pid + grid, ..., AT_ONCE of them with one load."""
+    if OVERLAP:
+        gdc_wait()
     programs = tl.num_programs(0)
     for start in tl.range(tl.program_id(0), tiles, programs * AT_ONCE):
         mine = start + tl.arange(0, AT_ONCE) * programs
@@ -140,11 +145,13 @@ def _flags(FLAGS, tile, tiles, group, q_len, FLAG_ROWS: tl.constexpr, ROWS: tl.c
     row_tiles = tl.cdiv(q_len, ROWS)
     head = (tile // row_tiles).to(tl.int64)
     if FLAG_ROWS == 0:
-        return tl.load(FLAGS + head // group, mask=tile < tiles, other=0)
-    of_head = tl.cdiv(q_len, FLAG_ROWS)
-    index = (tile % row_tiles * (ROWS // FLAG_ROWS))[:, None] + tl.arange(0, ROWS // FLAG_ROWS)[None, :]
-    inside = (tile < tiles)[:, None] & (index < of_head)
-    return tl.max(tl.load(FLAGS + (head * of_head)[:, None] + index, mask=inside, other=0), 1)
+        found = tl.load(FLAGS + head // group, mask=tile < tiles, other=0)
+    else:
+        of_head = tl.cdiv(q_len, FLAG_ROWS)
+        index = (tile % row_tiles * (ROWS // FLAG_ROWS))[:, None] + tl.arange(0, ROWS // FLAG_ROWS)[None, :]
+        inside = (tile < tiles)[:, None] & (index < of_head)
+        found = tl.max(tl.load(FLAGS + (head * of_head)[:, None] + index, mask=inside, other=0), 1)
+    return found
 
 
 @triton.jit
