@@ -222,6 +222,38 @@ class TestPrologue:
             fused(q, k, v, [Prologue(1e-6), None], causal=False, format=FAST)
 
 
+class TestTensor:
+    """What the kernels are told of a tensor."""
+
+    VARIANT = hopper.Variant(64, torch.bfloat16, True)
+
+    def told(self, x):
+        found = hopper._tensor(x, self.VARIANT)
+        return found.batch, found.head, found.token, found.channel, bool(found.vectors)
+
+    def test_strides_in_bytes(self):
+        x = torch.empty(2, 700, 3, 64, dtype=torch.bfloat16).transpose(1, 2)
+        assert self.told(x) == (700 * 3 * 128, 128, 3 * 128, 2, True)
+        assert hopper._tensor(x, self.VARIANT).data == x.data_ptr()
+
+    def test_one_entry_has_no_stride(self):
+        assert self.told(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))[:3] == (0, 0, 0)
+
+    @pytest.mark.parametrize(
+        "x",
+        [
+            torch.empty(1, 2, 9, 65, dtype=torch.bfloat16)[..., 1:],
+            torch.empty(1, 2, 9, 65, dtype=torch.bfloat16)[..., :64],
+            torch.empty(1, 2, 9, 128, dtype=torch.bfloat16)[..., ::2],
+            torch.empty(1, 2, 9, 40, dtype=torch.bfloat16),
+            torch.empty(1, 2, 64, 9, dtype=torch.bfloat16).mT,
+        ],
+        ids=["one element in", "rows of 130 bytes", "every other channel", "narrow", "channels apart"],
+    )
+    def test_rows_that_cannot_be_read_by_16_bytes(self, x):
+        assert not self.told(x)[4]
+
+
 class TestCut:
     """How rows of Q become tiles of blocks."""
 

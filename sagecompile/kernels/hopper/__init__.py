@@ -2,9 +2,10 @@
 
 In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written.
 Three launches: `quantize_kv` reads K and V once and writes tiles, `attend` quantizes Q as it goes and multiplies, and
-the exact kernel repeats the rows that 8 bits cannot hold. CUDA C++ because this needs what Triton does not give: wgmma
-in flight across a softmax, a loader warp beside warpgroups that drift apart, operands kept in registers in the order of
-the accumulators. attention.cu and quantize.cu say how, LOG.md why; runtime.py compiles them with what torch brings.
+the exact kernel repeats the rows that 8 bits cannot hold; each does the Prologue of what it reads. CUDA C++ because
+this needs what Triton does not give: wgmma in flight across a softmax, a loader warp beside warpgroups that drift
+apart, operands kept in registers in the order of the accumulators. attention.cu and quantize.cu say how, LOG.md why;
+runtime.py compiles them with what torch brings.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -268,7 +269,7 @@ def even(q_len: int, consumers: int) -> Cut:
     return Cut(-(-q_len // rows), q_len // rows, rows)
 
 
-@cache
+@lru_cache(4096)
 def cut_rows(q_len: int, heads: int, consumers: int, processors: int) -> Cut:
     """The cut with which the last block is done first, by simulating how tiles go round over the blocks."""
     rows = 64 * consumers
@@ -351,17 +352,25 @@ def _tiles_shape(k: torch.Tensor, variant: Variant) -> tuple[int, int, int]:
     return k.shape[0] * k.shape[1], -(-k.shape[2] // TILE), variant.k_bytes + variant.v_bytes
 
 
+@cache
 def _variant(head_dim: int, dtype: torch.dtype, format: str) -> Variant:
     return Variant(next(width for width in (64, 96, 128) if head_dim <= width), dtype, format == "qk_int8_pv_fp8")
 
 
 def _tensor(x: torch.Tensor, variant: Variant) -> Tensor:
-    size = x.element_size()
-    strides = (stride if length > 1 else 0 for length, stride in zip(x.shape[:3], x.stride(), strict=False))
-    batch, head, token = (stride * size for stride in strides)
-    channel = x.stride(3) * size
-    vectors = x.shape[3] == variant.head_dim and channel == size and (x.data_ptr() | batch | head | token) % 16 == 0
-    return Tensor(x.data_ptr(), batch, head, token, channel, vectors)
+    *strides, rows_aligned = _layout(x.shape, x.stride(), x.element_size(), variant.head_dim)
+    address = x.data_ptr()
+    return Tensor(address, *strides, rows_aligned and address % 16 == 0)
+
+
+@lru_cache(4096)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], size: int, width: int) -> tuple[int, int, int, int, bool]:
+    """Strides in bytes, 0 where there is one entry; whether rows are of `width` elements, aligned to 16 bytes."""
+    batch, head, token = (
+        stride * size if length > 1 else 0 for length, stride in zip(shape[:3], strides, strict=False)
+    )
+    channel = strides[3] * size
+    return batch, head, token, channel, shape[3] == width and channel == size and (batch | head | token) % 16 == 0
 
 
 @cache
