@@ -19,9 +19,10 @@ from torch.fx import Graph, GraphModule
 
 import sagecompile.passes as passes
 from sagecompile import report, settings
+from sagecompile.cost.local import Local
 from sagecompile.decide import Decision, decide
 from sagecompile.dump import dump
-from sagecompile.kernels import available
+from sagecompile.kernels import available, launcher
 from sagecompile.report import Report
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite
@@ -35,6 +36,9 @@ PASS_SLOTS = (
     "joint_custom_pre_pass",
 )
 """Inductor options that hold one custom pass each; the first that the user left free carries our source stamp."""
+
+
+SOURCES = (".py", ".cpp", ".cu", ".cuh")
 
 
 def sage_inductor(
@@ -75,7 +79,16 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
     def can_run(site: AttentionSite, format: str, provider: str) -> str | None:
         return available.refusal(site, format, provider, cuda_graphs)
 
-    return lambda site: decide(site, available.device(site.device), ours, can_run)
+    def decision(site: AttentionSite) -> Decision:
+        local = _local(site.device, cuda_graphs) if ours.measure else None
+        return decide(site, available.device(site.device), ours, can_run, local)
+
+    return decision
+
+
+@cache
+def _local(device: str, cuda_graphs: bool) -> Local:
+    return Local(available.machine(device) | {"sources": _source_hash()}, launcher, cuda_graphs)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -150,10 +163,10 @@ class SourceStamp(CustomGraphPass):
 
 @cache
 def _source_hash() -> str:
-    """Of every Python file of the package, so that a graph compiled by other sources is never served."""
+    """Of every source file of the package, so that nothing compiled or measured with other sources is ever served."""
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, *map(Path, passes.__path__)):
-        for file in sorted(root.rglob("*.py")):
+        for file in sorted(file for file in root.rglob("*") if file.suffix in SOURCES):
             digest.update(file.read_bytes())
     return f"sagecompile-{digest.hexdigest()}"
 

@@ -7,9 +7,9 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .cost import Prediction, predict
+from .cost import Alternative, Measures, Prediction, predict
 from .formats import FORMATS, PROVIDERS, Format, Provider
 from .settings import Settings
 from .site import AttentionSite, Device
@@ -52,8 +52,13 @@ CanRun = Callable[[AttentionSite, str, str], str | None]
 """(site, format, provider) to None if that provider can run it, else the reason why not."""
 
 
-def decide(site: AttentionSite, device: Device, settings: Settings, can_run: CanRun) -> Decision:
-    """Use or Keep for one site. Comparing a symbolic size here adds a Dynamo guard, which is what makes it hold."""
+def decide(
+    site: AttentionSite, device: Device, settings: Settings, can_run: CanRun, local: Measures | None = None
+) -> Decision:
+    """Use or Keep for one site. Comparing a symbolic size here adds a Dynamo guard, which is what makes it hold.
+
+    `auto` goes by what was measured on this machine (`local`), then by the device's profile, then by a measurement now.
+    """
     if settings.policy == "never":
         return Keep("policy=never: set sage.policy to auto or always")
     for refusal in _site_limits(site):
@@ -61,18 +66,24 @@ def decide(site: AttentionSite, device: Device, settings: Settings, can_run: Can
     refusals: list[str] = []
     slow: list[str] = []
     candidates: list[Use] = []
+    why_not = ""
     auto = settings.policy == "auto"
+    known = local.recall(site) if auto and local else {}
     for name in settings.formats:
         refused = _format_limit(site, FORMATS[name], device)
         if refused:
             refusals.append(refused)
             continue
         for provider in PROVIDERS.values():
-            if name in provider.formats and _is_for(provider, device):
+            if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
                 wanted = (site, name, provider.name, device.name, settings.min_speedup)
-                candidates.append(Use(name, provider.name, predict(*wanted) if auto else None))
+                prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
+                candidates.append(Use(name, provider.name, prediction))
     if auto:
-        candidates, slow = _predicted_wins(candidates, device, settings)
+        if local:
+            candidates, why_not, cannot = _measured_now(candidates, site, can_run, local)
+            refusals += cannot
+        candidates, slow = _predicted_wins(candidates, device, settings, why_not)
     for use in sorted(candidates, key=_by_prediction):
         refused = can_run(site, use.format, use.provider)
         if refused is None:
@@ -91,7 +102,26 @@ def _by_prediction(use: Use) -> float:
     return -use.prediction.speedup if use.prediction else 0.0
 
 
-def _predicted_wins(candidates: list[Use], device: Device, settings: Settings) -> tuple[list[Use], list[str]]:
+def _measured_now(
+    candidates: list[Use], site: AttentionSite, can_run: CanRun, local: Measures
+) -> tuple[list[Use], str, list[str]]:
+    """The candidates that can run, with a measurement where nothing was known; why there is none; why some cannot."""
+    unknown = [use for use in candidates if use.prediction is None]
+    refused = {use: can_run(site, use.format, use.provider) for use in unknown}
+    wanted: list[Alternative] = [(use.format, use.provider) for use in unknown if refused[use] is None]
+    found = local.measure(site, wanted) if wanted else {}
+    why_not, found = (found, {}) if isinstance(found, str) else ("", found)
+    able = [
+        replace(use, prediction=use.prediction or found.get((use.format, use.provider)))
+        for use in candidates
+        if refused.get(use) is None
+    ]
+    return able, why_not, [reason for reason in refused.values() if reason is not None]
+
+
+def _predicted_wins(
+    candidates: list[Use], device: Device, settings: Settings, why_not_measured: str
+) -> tuple[list[Use], list[str]]:
     """The candidates predicted to win, and one reason for each kind of the others."""
     wins, refusals, unmeasured = [], [], []
     for use in candidates:
@@ -105,7 +135,9 @@ def _predicted_wins(candidates: list[Use], device: Device, settings: Settings) -
         else:
             wins.append(use)
     if unmeasured:
-        refusals.append(f"not measured at this shape on {device.name}: {', '.join(unmeasured)}; policy=always uses it")
+        why = f" ({why_not_measured})" if why_not_measured else ""
+        names = ", ".join(unmeasured)
+        refusals.append(f"not measured at this shape on {device.name}{why}: {names}; policy=always uses it")
     return wins, refusals
 
 

@@ -42,6 +42,8 @@ class Provider:
     formats: tuple[str, ...]
     compute_capability: tuple[int, int] | None = None
     """The only one of CUDA devices that it runs on; None: all of its formats' own."""
+    may_win: bool = True
+    """False: right, but slower than SDPA: `auto` leaves it out."""
     prologues: bool = False
     """Whether it can apply RMSNorm and RoPE to Q and K as it reads them, see kernels/prologue.py."""
 
@@ -89,6 +91,13 @@ PROVIDERS: dict[str, Provider] = {
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
         Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",)),
-        Provider("reference", "plain torch: the specification, not fast", ("cpu",), tuple(FORMATS), prologues=True),
+        Provider(
+            "reference",
+            "plain torch: the specification, not fast",
+            ("cpu",),
+            tuple(FORMATS),
+            may_win=False,
+            prologues=True,
+        ),
     )
 }

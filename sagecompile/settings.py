@@ -15,6 +15,7 @@ from .errors import OptionError
 from .formats import FORMATS
 
 POLICIES = ("auto", "always", "never")
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 OPTION_PREFIX = "sage."
 ENVIRONMENT_PREFIX = "SAGECOMPILE_"
 
@@ -29,6 +30,8 @@ class Settings:
     """The formats that may be used; `always` takes the first legal one."""
     min_speedup: float = 1.05
     """The predicted speed-up over SDPA that `auto` asks for."""
+    measure: bool = True
+    """Whether `auto` measures while compiling what it has no measurement of."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -61,6 +64,10 @@ def _parse(name: str, value: Any) -> Any:
             return float(value)
         except (TypeError, ValueError):
             raise OptionError(f"sage.min_speedup is {value!r}; it is a number such as 1.05") from None
+    if name == "measure":
+        if str(value).lower() not in SWITCH:
+            raise OptionError(f"sage.measure is {value!r}; it can be {', '.join(SWITCH)}")
+        return SWITCH[str(value).lower()]
     return value
 
 

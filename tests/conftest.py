@@ -12,6 +12,14 @@ from support import exact_attention
 from sagecompile.ops import reference
 
 
+@pytest.fixture(autouse=True, scope="session")
+def measurements_of_the_tests_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `auto` measures goes to a folder of this run, and the user's own is not read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> Iterator[None]:
     """A fixed seed, and a Dynamo that remembers nothing of the test before."""

@@ -31,6 +31,7 @@ def examine() -> dict[str, Any]:
 
     import sagecompile
     from sagecompile import settings
+    from sagecompile.cost import store
     from sagecompile.kernels import available
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -39,6 +40,7 @@ def examine() -> dict[str, Any]:
     return {
         "versions": names | optional | {"cuda": torch.version.cuda or "none in this torch"},
         "settings": dataclasses.asdict(settings.from_environment()),
+        "measurements": {"folder": str(store.folder()), "files": len(list(store.folder().glob("*.json")))},
         "devices": [_examine_device(name) for name in devices],
     }
 
@@ -84,14 +86,18 @@ def render(found: dict[str, Any]) -> str:
     """The same as text."""
     lines = [f"{name:13} {value}" for name, value in found["versions"].items()]
     lines += ["", "settings      " + ", ".join(f"{key}={value}" for key, value in found["settings"].items())]
+    kept = found["measurements"]
+    lines.append(f"measurements  {kept['files']} in {kept['folder']}")
     for device in found["devices"]:
         capability = device["compute_capability"]
         shown = f", compute capability {capability[0]}.{capability[1]}" if capability else ""
         lines += ["", f"{device['device']}: {device['name']}{shown}"]
         if device["profile"]:
-            lines.append(f"  measured on {device['profile']}: policy=auto uses what won there")
+            lines.append(
+                f"  measured on {device['profile']}: policy=auto uses what won there, and measures other shapes"
+            )
         else:
-            lines.append("  not measured: policy=auto keeps every site; policy=always uses what is legal")
+            lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it")
         lines += [
             f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"
             for row in device["formats"]

@@ -1,20 +1,25 @@
 """Predict how much faster a format is than SDPA, from what was measured on the same device.
 
 In: a site, a format, a provider, a device name. Out: a Prediction with its basis, or None where nothing was measured:
-a win is never guessed. The measurements are the files in `profiles/`, one a device, with versions and date.
+a win is never guessed. The measurements are the files in `profiles/`, one a device, with versions and date; what they
+do not cover, local.py measures on the machine itself.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Protocol
 
 from sagecompile.site import AttentionSite
 
 SCHEMA = 1
+
+Alternative = tuple[str, str]
+"""To SDPA: (format, provider)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,16 @@ class Prediction:
     speedup: float
     basis: str
     """Where the number comes from: device, date, the nearest measured shape."""
+
+
+class Measures(Protocol):
+    """local.Local, which needs torch."""
+
+    def recall(self, site: AttentionSite) -> Mapping[Alternative, Prediction]: ...
+
+    def measure(
+        self, site: AttentionSite, alternatives: Sequence[Alternative]
+    ) -> Mapping[Alternative, Prediction] | str: ...
 
 
 @cache

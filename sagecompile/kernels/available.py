@@ -40,6 +40,22 @@ def device(name: str) -> Device:
     return Device(found.type, _cpu_name() if found.type == "cpu" else found.type)
 
 
+@cache
+def machine(name: str) -> dict[str, str | int | None]:
+    """What a time measured on a torch device holds for: the device, what runs on it, and with what."""
+    found: dict[str, str | int | None] = {"device": device(name).name}
+    found |= {"torch": torch.__version__, "triton": version("triton"), "sageattention": version("sageattention")}
+    if device(name).type == "cuda":
+        return found | {"driver": _nvidia_driver()}
+    return found | {"threads": torch.get_num_threads()}
+
+
+def _nvidia_driver() -> str | None:
+    """The line with its version, where Linux's kernel module gives one."""
+    said = Path("/proc/driver/nvidia/version")
+    return said.read_text().partition("\n")[0] if said.exists() else None
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -1,0 +1,81 @@
+"""What was measured on this machine, kept between processes in the user's cache folder.
+
+In: a key, plain JSON values that say what was measured on what. Out: what was found then, or nothing. One small file a
+key, written beside its place and then renamed, so that any number of processes may read and write at the same time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("sagecompile")
+
+SCHEMA = 1
+_known: dict[str, dict[str, Any]] = {}
+"""Of this process, by file: a folder that cannot be used costs one measurement a process, not one a compilation."""
+
+
+def folder() -> Path:
+    """`$XDG_CACHE_HOME/sagecompile/measured`, or ~/.cache for the first part."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sagecompile", "measured")
+
+
+def recall(key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was remembered under this key. A file that cannot be read as such is set aside, and that is said."""
+    file = _file(key)
+    if str(file) in _known:
+        return _known[str(file)]
+    try:
+        stored = json.loads(file.read_text())
+        if not isinstance(stored, dict) or not isinstance(stored["found"], dict):
+            raise ValueError("no measurement in it")
+    except OSError:  # not there, or not for us
+        return None
+    except (ValueError, KeyError) as error:
+        _set_aside(file, error)
+        return None
+    if stored.get("schema") != SCHEMA or stored.get("key") != dict(key):
+        return None
+    _known[str(file)] = stored["found"]
+    return _known[str(file)]
+
+
+def remember(key: Mapping[str, Any], found: dict[str, Any]) -> None:
+    """Keep what was found, for this process in any case."""
+    file = _file(key)
+    _known[str(file)] = found
+    text = json.dumps({"schema": SCHEMA, "key": dict(key), "found": found}, indent=1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as beside:
+            Path(beside, file.name).write_text(text)
+            Path(beside, file.name).replace(file)
+    except OSError as error:
+        _warn_once(f"measurements cannot be kept in {file.parent} ({error.strerror}): every process measures again")
+
+
+def _file(key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    return folder() / f"{digest[:24]}.json"
+
+
+def _set_aside(file: Path, error: Exception) -> None:
+    aside = file.with_suffix(".bad")
+    try:
+        file.replace(aside)
+    except OSError:  # another process was faster, or the folder is read-only
+        return
+    logger.warning("%s is no measurement (%s): set aside as %s", file, error, aside.name)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)

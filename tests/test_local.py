@@ -1,0 +1,268 @@
+"""What the machine itself measures: raced once, remembered between processes, never in the way of compiling."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import compiled
+
+from sagecompile.cost import Prediction, local, store
+from sagecompile.cost.local import Local
+from sagecompile.decide import Keep, Use, decide
+from sagecompile.errors import OptionError
+from sagecompile.ops import reference
+from sagecompile.settings import Settings
+from sagecompile.site import AttentionSite, Device
+
+SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 4, 2, 90, 90, 72, 72, "float32", "cpu")
+"""No profile covers a head_dim of 72."""
+ACCURATE, FAST = ("qk_int8_pv_fp16", "cpu"), ("qk_int8_pv_fp8", "reference")
+TIMES = {"sdpa": 300.0, ACCURATE: 100.0, FAST: 600.0}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty one, and a process that remembers nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "_known", {})
+    store._warn_once.cache_clear()
+    return tmp_path / "sagecompile" / "measured"
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """The races that were run; each has TIMES."""
+    run = []
+
+    def race(site, alternatives, launcher):
+        run.append((site, tuple(alternatives)))
+        return TIMES
+
+    monkeypatch.setattr(local, "_race", race)
+    return run
+
+
+def machine(**changes):
+    return Local({"device": "some CPU"} | changes, lambda provider: reference.attention, cuda_graphs=False)
+
+
+def forget(monkeypatch):
+    """As a new process starts."""
+    monkeypatch.setattr(store, "_known", {})
+
+
+class TestMeasure:
+    def test_says_how_much_faster_and_on_what(self, races):
+        found = machine().measure(SITE, [ACCURATE, FAST])
+        basis = f"measured here at 2x4/2x90x72, {local._today()}"
+        assert found == {ACCURATE: Prediction(3.0, basis), FAST: Prediction(0.5, basis)}
+
+    def test_is_remembered_by_the_next_process(self, races, monkeypatch):
+        first = machine().measure(SITE, [ACCURATE])
+        forget(monkeypatch)
+        assert machine().recall(SITE) == first and len(races) == 1
+
+    def test_what_is_asked_for_later_joins_it(self, races, monkeypatch):
+        machine().measure(SITE, [ACCURATE])
+        forget(monkeypatch)
+        machine().measure(SITE, [FAST])
+        assert set(machine().recall(SITE)) == {ACCURATE, FAST}
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"batch": 3}, {"q_len": 91}, {"kv_len": 91}, {"heads": 2}, {"dtype": "bfloat16"}, {"is_causal": True}],
+    )
+    def test_holds_for_the_same_shape_alone(self, races, change):
+        machine().measure(SITE, [ACCURATE])
+        assert machine().recall(replace(SITE, **change)) == {}
+
+    @pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "2.14"}, {"threads": 3}])
+    def test_holds_for_the_same_machine_alone(self, races, change):
+        machine().measure(SITE, [ACCURATE])
+        assert machine(**change).recall(SITE) == {}
+
+    @pytest.mark.parametrize(("sleep_s", "wins"), [(0.0, True), (0.02, False)])
+    def test_what_is_timed_is_the_kernel(self, sleep_s, wins):
+        timed = Local({}, lambda provider: lambda *tensors, **how: time.sleep(sleep_s), cuda_graphs=False)
+        (prediction,) = timed.measure(SITE, [ACCURATE]).values()
+        assert (prediction.speedup > 1) == wins
+
+    def test_random_numbers_of_the_user_stay_as_they_are(self):
+        before = torch.get_rng_state()
+        machine().measure(SITE, [FAST])
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestReasons:
+    def test_of_sizes_that_change(self, races):
+        class Symbolic:
+            pass
+
+        reason = machine().measure(replace(SITE, q_len=Symbolic()), [ACCURATE])
+        assert reason == "sizes that change are not measured while compiling" and not races
+
+    def test_of_a_site_that_takes_too_long(self, races):
+        reason = machine().measure(replace(SITE, q_len=200_000, kv_len=200_000), [ACCURATE])
+        assert reason == "200000 x 200000 tokens take too long to measure while compiling" and not races
+
+    def test_of_one_that_takes_too_much_memory(self, races):
+        reason = machine().measure(replace(SITE, batch=1, q_len=1, kv_len=4_000_000), [ACCURATE])
+        assert "MiB are too many" in reason and not races
+
+    def test_of_cuda_graphs(self, races):
+        site = replace(SITE, device="cuda:0")
+        captured = Local({}, lambda provider: reference.attention, cuda_graphs=True)
+        assert captured.measure(site, [ACCURATE]) == "not measured for CUDA graphs while compiling"
+
+    def test_of_a_kernel_that_fails(self):
+        def broken(*tensors, **how):
+            raise RuntimeError("no such instruction")
+
+        failing = Local({}, lambda provider: broken, cuda_graphs=False)
+        assert failing.measure(SITE, [ACCURATE]) == "measuring failed: RuntimeError: no such instruction"
+        assert failing.recall(SITE) == {}
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        (SITE, (2, 4, 2)),
+        (replace(SITE, batch=64, heads=32, kv_heads=32, q_len=512, kv_len=512), (1, 26, 26)),
+        (replace(SITE, batch=64, heads=32, kv_heads=8, q_len=2048, kv_len=2048), (1, 8, 2)),
+        (replace(SITE, batch=64, heads=2, kv_heads=2, q_len=512, kv_len=512), (13, 2, 2)),
+        (replace(SITE, batch=1, heads=4, kv_heads=1, q_len=4096, kv_len=4096), (1, 4, 1)),
+    ],
+    ids=["small", "fewer sequences and heads", "whole groups", "fewer sequences", "no fewer than it has"],
+)
+def test_a_large_site_is_measured_on_less_of_it(site, expected):
+    smaller = local._shrink(site)
+    assert (smaller.batch, smaller.heads, smaller.kv_heads) == expected
+
+
+KEY = {"device": "some CPU", "q_len": 90}
+
+
+class TestStore:
+    def test_a_file_that_is_no_measurement_is_set_aside_and_said(self, folder, caplog):
+        store.remember(KEY, {"speedups": {}})
+        (file,) = folder.glob("*.json")
+        store._known.clear()
+        for text in ("{", "[]", '{"schema": 1}'):
+            file.write_text(text)
+            with caplog.at_level(logging.WARNING, "sagecompile"):
+                assert store.recall(KEY) is None
+            assert not file.exists() and file.with_suffix(".bad").read_text() == text
+        assert "is no measurement" in caplog.text
+
+    def test_an_older_schema_is_measured_again(self, folder):
+        store.remember(KEY, {"speedups": {}})
+        (file,) = folder.glob("*.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
+        store._known.clear()
+        assert store.recall(KEY) is None and file.exists()
+
+    def test_a_folder_that_cannot_be_used_costs_a_warning(self, tmp_path, monkeypatch, caplog):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with caplog.at_level(logging.WARNING, "sagecompile"):
+            for q_len in (1, 2):
+                store.remember(KEY | {"q_len": q_len}, {"speedups": {"a b": 2.0}})
+        assert store.recall(KEY | {"q_len": 2}) == {"speedups": {"a b": 2.0}}, "this process still knows"
+        assert caplog.text.count("every process measures again") == 1
+
+    def test_many_processes_at_once(self, tmp_path, folder):
+        code = (
+            "import sys; from sagecompile.cost import store\nfor i in range(200): store.remember({'k': 1}, {'by': i})"
+        )
+        running = [subprocess.Popen([sys.executable, "-c", code], env=os.environ | {}) for _ in range(4)]
+        while any(process.poll() is None for process in running):
+            store._known.clear()
+            assert store.recall({"k": 1}) is None or "by" in store.recall({"k": 1})
+        assert [process.returncode for process in running] == [0] * 4
+        assert [file.suffix for file in folder.iterdir()] == [".json"]
+
+
+class TestDecide:
+    """Stored, then the profile, then measured now."""
+
+    CPU = Device("cpu", "AMD EPYC")
+    COVERED = replace(SITE, heads=8, kv_heads=8, q_len=1024, kv_len=1024, head_dim=64, value_dim=64)
+
+    def decide(self, site, **settings):
+        return decide(site, self.CPU, Settings(**settings), lambda *_: None, machine())
+
+    def test_what_no_profile_covers_is_measured(self, races):
+        decision = self.decide(SITE, formats=("qk_int8_pv_fp16",))
+        assert isinstance(decision, Use) and decision.provider == "cpu"
+        assert "3.00x predicted (measured here at 2x4/2x90x72" in decision.reason
+
+    def test_what_loses_is_kept_with_what_was_measured(self, races, monkeypatch):
+        monkeypatch.setitem(TIMES, ACCURATE, 400.0)
+        decision = self.decide(SITE, formats=("qk_int8_pv_fp16",))
+        assert isinstance(decision, Keep) and "0.75x for qk_int8_pv_fp16 by cpu (measured here" in decision.reason
+
+    def test_what_a_profile_covers_is_not(self, races):
+        decision = self.decide(self.COVERED)
+        assert isinstance(decision, Use) and "AMD EPYC" in decision.reason and not races
+
+    def test_what_was_measured_here_goes_before_the_profile(self, races):
+        machine().measure(self.COVERED, [ACCURATE])
+        assert "measured here" in self.decide(self.COVERED, formats=("qk_int8_pv_fp16",)).reason
+
+    def test_why_nothing_was_measured_is_said(self, races):
+        decision = self.decide(replace(SITE, q_len=300_000, kv_len=300_000))
+        assert "(300000 x 300000 tokens take too long to measure while compiling)" in decision.reason
+
+    def test_a_kernel_that_cannot_run_is_not_measured(self, races):
+        decision = decide(SITE, self.CPU, Settings(), lambda *_: "cpu failed: no compiler", machine())
+        assert decision == Keep("cpu failed: no compiler") and not races
+
+    @pytest.mark.parametrize("policy", ["always", "never"])
+    def test_other_policies_measure_nothing(self, races, policy):
+        self.decide(SITE, policy=policy)
+        assert not races
+
+
+class TestSetting:
+    @pytest.mark.parametrize(("text", "value"), [("0", False), ("false", False), ("True", True), (False, False)])
+    def test_values(self, text, value):
+        assert Settings().updated({"measure": text}, "").measure is value
+
+    def test_a_wrong_one_is_named(self):
+        with pytest.raises(OptionError, match=r"sage\.measure is 'maybe'; it can be true, 1, false, 0"):
+            Settings().updated({"measure": "maybe"}, "")
+
+    def test_off(self, races):
+        q = torch.randn(1, 2, 90, 64)
+        off = {"sage.measure": False}
+        _, report = compiled(F.scaled_dot_product_attention, q, q, q, policy="auto", options=off)
+        assert report.kept[0].decision.cause.startswith("not measured at this shape") and not races
+
+
+def test_the_first_process_measures_and_the_second_does_not():
+    """Through torch.compile, at a shape that no profile covers."""
+    code = """
+import sys, torch, torch.nn.functional as F
+from sagecompile.cost import local
+from sagecompile.report import recording
+if sys.argv[1] == "second":
+    local._race = None
+q = torch.randn(1, 2, 90, 48)
+with torch.no_grad(), recording() as found:
+    torch.compile(F.scaled_dot_product_attention, backend="sage_inductor")(q, q, q)
+print(found[0].entries[0].decision.reason)
+"""
+    said = []
+    for turn in ("first", "second"):
+        done = subprocess.run([sys.executable, "-c", code, turn], capture_output=True, text=True, check=True)
+        said.append(done.stdout.splitlines()[-1])
+    assert said[0] == said[1] and "measured here at 1x2x90x48" in said[0]
