@@ -117,7 +117,7 @@ def _has_fixed_sizes(site: AttentionSite) -> bool:
 
 
 def _flops(site: AttentionSite) -> float:
-    full = 4.0 * site.batch * site.heads * site.q_len * site.kv_len * site.head_dim
+    full: float = 4.0 * site.batch * site.heads * site.q_len * site.kv_len * site.head_dim
     return full / 2 if site.is_causal else full
 
 
