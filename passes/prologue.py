@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sagecompile.formats import FORMATS
+from sagecompile.kernels.prologue import Kind
 from sagecompile.site import AttentionSite
 
 from .graph import Builder, argument, autocast_is_on, calls, holds_tensors, mutates, storage, tensor
@@ -32,8 +33,6 @@ WRITTEN = (
 """Calls whose result Inductor writes to memory, and does not compute where it is read."""
 
 
-Kind = tuple[bool, torch.dtype | None, str, torch.dtype | None]
-"""Whether there is a norm, the dtype of its weight, which RoPE, the dtype of its tables."""
 CanFuse = Callable[[AttentionSite, str, str, Kind, Kind], str | None]
 """(site, format, provider, of q, of k) to None if that provider's kernels can do it, else the reason why not."""
 

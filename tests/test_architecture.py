@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "report": {"decide", "site"},
     "kernels": {"errors", "formats", "site"},
     "ops": {"errors", "formats", "kernels"},
-    "passes": {"decide", "formats", "ops", "report", "site"},
+    "passes": {"decide", "formats", "kernels", "ops", "report", "site"},
     "backend": {"cost", "decide", "dump", "kernels", "passes", "report", "settings", "site"},
     "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
 }

@@ -180,7 +180,7 @@ def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tens
 
 def _no_backward(ctx: Any, grad: torch.Tensor) -> Any:
     raise UnsupportedError(
-        "torch.ops.sagecompile.attention has no backward: call it under torch.no_grad(), "
+        "sagecompile's attention ops have no backward: call them under torch.no_grad(), "
         "or F.scaled_dot_product_attention where gradients are needed"
     )
 

@@ -254,6 +254,52 @@ class TestTensor:
         assert not self.told(x)[4]
 
 
+class TestPrepare:
+    """What the kernels are told of a prologue; needs no GPU."""
+
+    X = torch.empty(2, 3, 9, 64, dtype=torch.bfloat16)
+    VARIANT = hopper.Variant(64, torch.bfloat16, True)
+
+    def prepared(self, **facts):
+        return hopper._prepare(Prologue(**facts), self.X, self.VARIANT)
+
+    @pytest.mark.parametrize("which", range(2), ids=["cos", "sin"])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_one_table_that_starts_between_multiples_of_16_bytes(self, which, batch):
+        """It is copied, and then both must be, as they are read with the same strides."""
+        wide = torch.rand(2, batch, 9, 128)
+        tables = [x[..., :64] for x in wide]
+        tables[which] = wide[which][..., 1:65]
+        found = self.prepared(rope="half", cos=tables[0], sin=tables[1])
+        cos, sin = found.prologue.cos, found.prologue.sin
+        assert torch.equal(cos, tables[0]) and torch.equal(sin, tables[1])
+        assert cos.stride() == sin.stride() and found.parameters.token == cos.stride(1) * 4
+        assert found.parameters.cos == cos.data_ptr() and found.parameters.sin == sin.data_ptr()
+        assert (cos.data_ptr() | sin.data_ptr() | found.parameters.token | found.parameters.batch) % 16 == 0
+
+    def test_a_table_for_all_sequences_is_not_copied(self):
+        turns = torch.rand(1, 9, 64)
+        found = self.prepared(rope="half", cos=turns, sin=turns)
+        assert found.prologue.cos is turns and found.parameters.batch == 0 and found.parameters.token == 256
+
+    def test_other_dtypes_become_float32(self):
+        turns = torch.rand(1, 9, 64, dtype=torch.float64)
+        found = self.prepared(eps=1e-6, weight=torch.ones(64).double(), rope="half", cos=turns, sin=turns)
+        assert dict(found.defines)["WEIGHT"] == dict(found.defines)["TABLE"] == 2
+
+    @pytest.mark.parametrize(
+        ("facts", "message"),
+        [
+            ({"eps": 1e-6, "weight": torch.ones(3)}, r"weight \(3,\): needs \(64,\)"),
+            ({"rope": "half", "cos": torch.ones(1, 5, 64), "sin": torch.ones(1, 5, 64)}, r"cos or sin \(1, 5, 64\)"),
+            ({"rope": "half", "cos": torch.ones(1, 9, 64), "sin": torch.ones(2, 9, 64)}, "need them alike"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, facts, message):
+        with pytest.raises(ValueError, match=message):
+            self.prepared(**facts)
+
+
 class TestCut:
     """How rows of Q become tiles of blocks."""
 
@@ -271,6 +317,9 @@ class TestCut:
             assert starts == [0, *ends[:-1]] and ends[-1] == q_len
             assert cut.tail_rows % 64 == 0 and 0 < cut.tail_rows <= rows
 
+    def test_many_rounds_are_not_simulated(self):
+        assert hopper.cut_rows(1000, 10_000, 3, 132) == hopper.even(1000, 3)
+
     def test_the_last_round_is_filled(self):
         """43 tiles of 32 heads are 10.4 rounds of 132 blocks: smaller ones at the end take less than an 11th."""
         cut = hopper.cut_rows(8192, 32, 3, 132)
@@ -278,7 +327,7 @@ class TestCut:
 
 
 NO_PROLOGUE = hopper._NOTHING.defines
-NORM_AND_ROPE = (("NORM", 1), ("WEIGHT", 1), ("ROPE", 1), ("TABLE", 1))
+NORM_AND_ROPE = (("NORM", 1), ("NO_WEIGHT", 3), ("WEIGHT", 1), ("ROPE", 1), ("TABLE", 1))
 
 
 @pytest.mark.parametrize("causal", [False, True])

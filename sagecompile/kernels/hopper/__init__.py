@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from ctypes import c_float, c_int, c_longlong, c_void_p
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -133,11 +134,12 @@ class Variant(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A prologue as the kernels take it; `tensors` keeps alive what it points to."""
+    """A prologue as the kernels take it."""
 
     parameters: PrologueParameters
     defines: Defines
-    tensors: tuple[torch.Tensor, ...]
+    prologue: Prologue | None
+    """The same, of the tensors that `parameters` points to."""
 
 
 def attention(
@@ -159,10 +161,12 @@ def attention(
     """
     check(q, k, v, out, format, FORMATS, max_head_dim=128)
     _check_limits(q, k)
+    variant = _variant(q.shape[3], q.dtype, format)
     with torch.cuda.device_of(q):
-        quantized = _quantize(k, v, k_prologue, format)
+        q_prepared, k_prepared = _prepare(q_prologue, q, variant), _prepare(k_prologue, k, variant)
+        quantized = _quantize(k, v, k_prepared, format)
         _attend(
-            q, k, v, quantized, out, q_prologue, k_prologue,
+            q, k, v, quantized, out, q_prepared, k_prepared,
             scale=scale, is_causal=is_causal, format=format, overlap=True,
         )  # fmt: skip
 
@@ -170,19 +174,18 @@ def attention(
 def quantize(k: torch.Tensor, v: torch.Tensor, *, format: str) -> torch.Tensor:
     """The tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
     with torch.cuda.device_of(k):
-        return _quantize(k, v, None, format)
+        return _quantize(k, v, _NOTHING, format)
 
 
-def _quantize(k: torch.Tensor, v: torch.Tensor, prologue: Prologue | None, format: str) -> torch.Tensor:
+def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: _Prepared, format: str) -> torch.Tensor:
     _, heads, length, head_dim = k.shape
     variant = _variant(head_dim, k.dtype, format)
     tiles = torch.empty(_tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
-    prepared = _prepare(prologue, k, variant)
     count = tiles.shape[0] * tiles.shape[1]
     index = k.device.index
     run = _quantize_kernel(variant, prepared.defines, index)
     blocks = 2 * _multiprocessors(index)
-    k_blocks = min(count, round(blocks * (_K_SHARE if prologue is None else _K_SHARE_WITH_PROLOGUE)))
+    k_blocks = min(count, round(blocks * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
         _tensor(k, variant), _tensor(v, variant), prepared.parameters, tiles.data_ptr(),
         heads, length, head_dim, tiles.shape[1], count, k_blocks,
@@ -209,7 +212,8 @@ def attend(
     if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
         raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
-        _attend(q, k, v, quantized, out, None, None, scale=scale, is_causal=is_causal, format=format, overlap=False)
+        how = {"scale": scale, "is_causal": is_causal, "format": format}
+        _attend(q, k, v, quantized, out, _NOTHING, _NOTHING, **how, overlap=False)
 
 
 def _attend(
@@ -218,15 +222,15 @@ def _attend(
     v: torch.Tensor,
     quantized: torch.Tensor,
     out: torch.Tensor,
-    q_prologue: Prologue | None,
-    k_prologue: Prologue | None,
+    q_prepared: _Prepared,
+    k_prepared: _Prepared,
     *,
     scale: float,
     is_causal: bool,
     format: str,
     overlap: bool,
 ) -> None:
-    """overlap: the kernel before on this stream is `quantize`; what it does not write may be read before it ends."""
+    """overlap: the launch just before on this stream is `quantize`, and what it does not write may be read at once."""
     from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
 
     batch, heads, q_len, head_dim = q.shape
@@ -235,18 +239,17 @@ def _attend(
     index = q.device.index
     consumers, processors = variant.schedule.consumers, _multiprocessors(index)
     cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
-    prepared = _prepare(q_prologue, q, variant)
     parameters = AttendParameters(
-        _tensor(q, variant), _tensor(out, variant), prepared.parameters, quantized.data_ptr(), flags.data_ptr(),
+        _tensor(q, variant), _tensor(out, variant), q_prepared.parameters, quantized.data_ptr(), flags.data_ptr(),
         batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, *cut, quantized.shape[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
     stream = torch.cuda.current_stream(index).cuda_stream
-    run = _attend_kernel(variant, is_causal, prepared.defines, index)
+    run = _attend_kernel(variant, is_causal, q_prepared.defines, index)
     run(blocks, parameters, stream, overlap=overlap)
     recompute_flagged(
         q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
-        q_prologue=q_prologue, k_prologue=k_prologue, overlap=True,
+        q_prologue=q_prepared.prologue, k_prologue=k_prepared.prologue, overlap=True,
     )  # fmt: skip
 
 
@@ -260,6 +263,7 @@ class Cut(NamedTuple):
 
 # A tile of 1, 2 or 3 warpgroups' rows takes about so much of the time of a whole one, as measured on one H200: fewer
 # warpgroups have the tensor cores and the special-function units for themselves.
+FEW_ROUNDS = 32
 _COSTS = {2: (0.96, 1.0), 3: (0.63, 0.79, 1.0)}
 
 
@@ -271,8 +275,13 @@ def even(q_len: int, consumers: int) -> Cut:
 
 @lru_cache(4096)
 def cut_rows(q_len: int, heads: int, consumers: int, processors: int) -> Cut:
-    """The cut with which the last block is done first, by simulating how tiles go round over the blocks."""
+    """The cut with which the last block is done first, by simulating how tiles go round over the blocks.
+
+    Of more than FEW_ROUNDS rounds the last one is not worth the simulation.
+    """
     rows = 64 * consumers
+    if heads * -(-q_len // rows) > FEW_ROUNDS * processors:
+        return even(q_len, consumers)
     costs = _COSTS[consumers]
     best, best_time = even(q_len, consumers), math.inf
     most = q_len // rows
@@ -297,41 +306,45 @@ def _finish(whole: int, tail_costs: list[float], heads: int, processors: int) ->
 
 
 def _prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> _Prepared:
-    """As the kernels that read x take it; ValueError where they cannot."""
+    """As the kernels that read x take it; ValueError where they cannot. Before any launch: it may copy."""
     if prologue is None:
         return _NOTHING
+    batch, _, length, head_dim = x.shape
     weight = None if prologue.eps is None else prologue.weight
-    tables = [table for table in (prologue.cos, prologue.sin) if table is not None] if prologue.rope != "none" else []
-    if x.shape[3] != variant.head_dim and (prologue.eps is not None or tables):
-        raise ValueError(f"head_dim {x.shape[3]}: a prologue needs 64, 96 or 128")
-    if len({table.stride() for table in tables}) > 1:
-        tables = [table.contiguous() for table in tables]
-    tensors = [_aligned(tensor) for tensor in (weight, *tables) if tensor is not None]
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    if weight is None:
-        pointers.insert(0, 0)
-    batch = token = 0
-    if tables:
-        cos, sin = tensors[-2:]
+    cos, sin = (prologue.cos, prologue.sin) if prologue.rope != "none" else (None, None)
+    if head_dim != variant.head_dim:
+        raise ValueError(f"head_dim {head_dim}: a prologue needs 64, 96 or 128")
+    if weight is not None and weight.shape != (head_dim,):
+        raise ValueError(f"weight {tuple(weight.shape)}: needs ({head_dim},)")
+    for table in (cos, sin):
+        if table is not None and table.shape not in ((1, length, head_dim), (batch, length, head_dim)):
+            raise ValueError(f"cos or sin {tuple(table.shape)}: needs (1 or {batch}, {length}, {head_dim})")
+    weight, cos, sin = (None if tensor is None else _readable(tensor) for tensor in (weight, cos, sin))
+    strides = (0, 0)
+    if cos is not None and sin is not None:
         if cos.shape != sin.shape or cos.dtype != sin.dtype:
             raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: need them alike")
-        batch = cos.stride(0) * cos.element_size() if cos.shape[0] > 1 else 0
-        token = cos.stride(1) * cos.element_size()
+        if cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        strides = (cos.stride(0) * cos.element_size() if cos.shape[0] > 1 else 0, cos.stride(1) * cos.element_size())
     defines = (
         ("NORM", prologue.eps is not None),
+        ("NO_WEIGHT", _NO_WEIGHT),
         ("WEIGHT", _NO_WEIGHT if weight is None else _DTYPES[weight.dtype]),
         ("ROPE", ROPES.index(prologue.rope)),
-        ("TABLE", _DTYPES[tables[0].dtype] if tables else 0),
+        ("TABLE", 0 if cos is None else _DTYPES[cos.dtype]),
     )
-    parameters = PrologueParameters(*pointers, *(0,) * (3 - len(pointers)), batch, token, prologue.eps or 0.0)
-    return _Prepared(parameters, defines, tuple(tensors))
+    pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (weight, cos, sin))
+    parameters = PrologueParameters(*pointers, *strides, prologue.eps or 0.0)
+    return _Prepared(parameters, defines, replace(prologue, weight=weight, cos=cos, sin=sin))
 
 
-_NOTHING = _prepare(Prologue(), torch.empty(1, 1, 1, 64), Variant(64, torch.float16, True))
+_NOTHING = _prepare(Prologue(), torch.empty(1, 1, 1, 64), Variant(64, torch.float16, True))._replace(prologue=None)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy in which every row starts at a multiple of 16 bytes with adjacent channels."""
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy in a dtype of the kernels in which every row starts at a multiple of 16 bytes, channels adjacent."""
+    x = x if x.dtype in _DTYPES else x.float()
     size = x.element_size()
     strides = [stride * size for length, stride in zip(x.shape[:-1], x.stride(), strict=False) if length > 1]
     fine = x.stride(-1) == 1 and all(byte % 16 == 0 for byte in (x.data_ptr(), *strides))
@@ -394,6 +407,7 @@ def _attend_kernel(variant: Variant, is_causal: bool, prologue: Defines, device:
     shared_bytes = fixed + stages * stage
     settings = {"CAUSAL": is_causal, "CONSUMERS": consumers, "STAGES": stages, "OVERLAP": overlap, "LAG": lag}
     settings |= {"PARAMETER_BYTES": ctypes.sizeof(AttendParameters), "SHARED_BYTES": shared_bytes}
+    settings |= {"FLAG_ROWS": FLAG_ROWS}
     return kernel(
         "attention.cu", "attend", defines=(*variant.defines(), *prologue, *settings.items()),
         threads=128 * (consumers + 1), shared_bytes=shared_bytes, device=device,

@@ -29,6 +29,7 @@ struct Parameters {
 static_assert(sizeof(Parameters) == PARAMETER_BYTES, "as in __init__.py");
 
 constexpr int ROWS = 64 * CONSUMERS;
+static_assert(FLAG_ROWS == 16, "rows of a warp");
 constexpr int PARTS = TILE * V_BYTES / 32;  // steps of PV in one tile, of 32 bytes of V each
 constexpr int P_WORDS = 4 * PARTS;
 constexpr float STEEPEST = 0x1p-6f;  // as in sagecompile.ops.quantize
@@ -483,10 +484,11 @@ struct Consumer {
     __device__ __forceinline__ void fetch_q(int turn) {
         constexpr int CHUNKS = D * ELEMENT / 16, THREADS = CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;  // of a row
         const Work& work = work_of(turn);
-        const int first = work.first_row + consumer * 64 + warp * 16, count = work.end_row - first;
         const int chunk = lane % THREADS;
+        asm volatile("cp.async.wait_all;" ::: "memory");  // of a turn without rows, to the same place
         __syncwarp();  // what was there has been read
         if (!work.valid || chunk >= CHUNKS) return;
+        const int first = work.first_row + consumer * 64 + warp * 16, count = work.end_row - first;
         const char* source = p.q.row(work.batch, work.head, first + lane / THREADS);
         char* target = own() + (lane / THREADS * CHUNKS + chunk) * 16;
         if (p.q.vectors) {
@@ -626,7 +628,8 @@ struct Consumer {
         store(p, head / p.heads, head % p.heads, row, t, o, softmax.sum);
         const float unit = fmaxf(softmax.q_factor[0], softmax.q_factor[1]) * softmax.k_scale_max;
         const bool again = __any_sync(~0u, !(unit <= STEEPEST));  // zero times Inf is NaN
-        if (lane == 0 && row < p.q_len) p.flags[static_cast<int64>(head) * ((p.q_len + 15) / 16) + row / 16] = again;
+        if (lane == 0 && row < p.q_len) 
+            p.flags[static_cast<int64>(head) * ((p.q_len + FLAG_ROWS - 1) / FLAG_ROWS) + row / FLAG_ROWS] = again;
         return true;
     }
 };

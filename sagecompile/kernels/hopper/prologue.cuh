@@ -1,11 +1,9 @@
 // RMSNorm and RoPE of a row of Q or K, in float32, after it was read and before it is quantized: sagecompile's Prologue.
 //
-// Compile-time settings besides common.cuh's: NORM (1: RMSNorm over the head), WEIGHT (its weight's dtype, or NONE),
+// Compile-time settings besides common.cuh's: NORM (1: RMSNorm over the head), WEIGHT (its weight's dtype, or NO_WEIGHT),
 // ROPE (0: none, 1: channel i turns with i + D/2, 2: channel 2i with 2i + 1), TABLE (dtype of cos and sin).
 #pragma once
 #include "common.cuh"
-
-#define NONE 3
 
 struct Prologue {
     const char *weight, *cos, *sin;  // cos and sin: (batch, tokens, D), channels adjacent; all at multiples of 16 bytes
@@ -37,11 +35,11 @@ struct Prologue {
             for (int i = 0; i < 16; ++i) sum = fmaf(x[i], x[i], sum);
 #pragma unroll
             for (int distance = 1; distance < LANES; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-            const float inverse = rsqrtf(sum / D + eps);
+            const float inverse = inside ? rsqrtf(sum / D + eps) : 0.0f;
             float w[16];
 #pragma unroll
             for (int i = 0; i < 16; ++i) w[i] = 1.0f;
-            if constexpr (WEIGHT != NONE) {
+            if constexpr (WEIGHT != NO_WEIGHT) {
                 if (mine) load<WEIGHT>(weight, channel_of(0, t), w), load<WEIGHT>(weight, channel_of(8, t), w + 8);
             }
 #pragma unroll

@@ -316,7 +316,7 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
     bulk_stored();
 }
 
-// Grid: as many blocks as run at the same time.
+// Grid: two blocks a multiprocessor, which run at the same time but in float32.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) quantize_kv(const __grid_constant__ Parameters p) {
     asm volatile("griddepcontrol.launch_dependents;");  // `attend` may take multiprocessors as they become free
     const bool of_k = blockIdx.x < p.k_blocks;

@@ -107,7 +107,7 @@ class Kernel:
         """Launch this many blocks on a stream's handle, with the kernel's device current; no blocks is no launch.
 
         overlap: start while the stream's kernel before is still running (programmatic dependent launch). The kernel
-        must then wait by `griddepcontrol.wait` before it touches memory that the one before it uses.
+        must then wait by `griddepcontrol.wait` before it reads what the one before writes, or writes what it uses.
         """
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
         if x == 0 or y == 0 or z == 0:

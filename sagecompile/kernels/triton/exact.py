@@ -31,7 +31,8 @@ def recompute_flagged(
     k_prologue: Prologue | None = None,
     overlap: bool = False,
 ) -> None:
-    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read.
+    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read,
+    its weight, cos and sin with adjacent channels, cos and sin with the same strides.
 
     flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
     A flag makes its whole tile exact: 64 rows, or 32 in float32.
@@ -62,13 +63,13 @@ def _arguments(prologue: Prologue | None, x: torch.Tensor) -> tuple[int, int, tu
     prologue = prologue or Prologue()
     weight = prologue.weight if prologue.eps is not None else None
     norm = 0 if prologue.eps is None else 1 if weight is None else 2
-    weight = x if weight is None else weight.contiguous()
-    rope = ROPES.index(prologue.rope)
-    if prologue.cos is None or prologue.sin is None:
+    weight = x if weight is None else weight
+    cos, sin = prologue.cos, prologue.sin
+    if prologue.rope == "none" or cos is None or sin is None:
         return norm, 0, (weight, x, x, 0, 0, prologue.eps or 0.0)
-    cos, sin = prologue.cos.contiguous(), prologue.sin.contiguous()
+    assert cos.stride() == sin.stride() and cos.stride(-1) == 1
     stride_b, stride_n = cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
-    return norm, rope, (weight, cos, sin, stride_b, stride_n, prologue.eps or 0.0)
+    return norm, ROPES.index(prologue.rope), (weight, cos, sin, stride_b, stride_n, prologue.eps or 0.0)
 
 
 @triton.jit
