@@ -6,6 +6,7 @@ What runs is the rewritten graph through Inductor on the CPU; the answer is comp
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,8 +90,9 @@ def test_lengths(dynamic):
 
 def test_a_compared_length_becomes_a_guard(monkeypatch):
     """`auto` reads a threshold: one graph above it, one below, each with its own decision."""
-    from sagecompile import cost
+    from sagecompile import cost, formats
 
+    monkeypatch.setitem(formats.PROVIDERS, "reference", replace(formats.PROVIDERS["reference"], may_win=True))
     row = {"format": "qk_int8_pv_fp16", "provider": "reference", "head_dim": 32, "is_causal": True}
     row |= {"dtypes": ["float32"], "min_batch_heads": 1, "speedup_at_length": [[64, 2.0]]}
     from sagecompile.kernels import available
