@@ -80,14 +80,15 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
         return available.refusal(site, format, provider, cuda_graphs)
 
     def decision(site: AttentionSite) -> Decision:
-        local = _local(site.device, cuda_graphs) if ours.measure else None
+        local = measurements(site.device, cuda_graphs) if ours.measure else None
         return decide(site, available.device(site.device), ours, can_run, local)
 
     return decision
 
 
 @cache
-def _local(device: str, cuda_graphs: bool) -> Local:
+def measurements(device: str, cuda_graphs: bool) -> Local:
+    """What this machine itself says of a device, for graphs that are captured in CUDA graphs or not."""
     return Local(available.machine(device) | {"sources": _source_hash()}, launcher, cuda_graphs)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
 
 import pytest
 
 from sagecompile import cost
+from sagecompile.cost.profile import SCHEMA, SDPA, Point, Profile, to_json
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite
 
-SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 1, 16, 16, 2048, 2048, 128, 128, "bfloat16", "cuda:0")
+SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 8, 8, 2048, 2048, 128, 128, "bfloat16", "cuda:0")
+FAMILY, FAST = ("bfloat16", 128, False), "qk_int8_pv_fp8 triton"
 
 
 class Symbolic:
@@ -24,66 +28,102 @@ class Symbolic:
         self.compared += 1
         return self.value >= other
 
+    def __lt__(self, other):
+        return not self >= other
 
-def predict(monkeypatch, speedups, site=SITE, wanted=1.05):
-    row = {"format": "qk_int8_pv_fp8", "provider": "triton", "head_dim": 128, "is_causal": False}
-    row |= {"dtypes": ["bfloat16"], "min_batch_heads": 16, "speedup_at_length": speedups}
-    monkeypatch.setattr(cost, "profiles", lambda: {"GPU": {"date": "2026-01-01", "rows": [row]}})
+
+def profile(*heads_length_us):
+    """(heads, length, microseconds of SDPA, of the alternative)."""
+    points = (Point(*FAMILY, heads, length, {SDPA: a, FAST: b}) for heads, length, a, b in heads_length_us)
+    return Profile("GPU", "2026-01-01", tuple(points))
+
+
+# It loses at 512, breaks even at 1024, wins by 2 at 2048 and by 4 at 4096; with four times the heads it wins earlier.
+RISING = profile(
+    (16, 512, 50, 100), (16, 1024, 100, 100), (16, 2048, 400, 200), (16, 4096, 1600, 400),
+    (64, 512, 100, 100), (64, 1024, 400, 200), (64, 2048, 1600, 400), (64, 4096, 6400, 1600),
+)  # fmt: skip
+
+
+class TestTimes:
+    @pytest.mark.parametrize(("length", "us"), [(1024, (100, 100)), (4096, (1600, 400))])
+    def test_at_a_point_are_its_own(self, length, us):
+        assert RISING.times(FAMILY, FAST, 16, length) == pytest.approx(us)
+
+    def test_between_lengths_are_powers(self):
+        assert RISING.times(FAMILY, FAST, 16, 1448.155) == pytest.approx((200, 141.42), rel=1e-3)
+
+    def test_between_heads_are_powers(self):
+        assert RISING.times(FAMILY, FAST, 32, 1024) == pytest.approx((200, 141.42), rel=1e-3)
+
+    def test_beyond_the_longest_keep_the_ratio(self):
+        assert RISING.times(FAMILY, FAST, 16, 8192) == pytest.approx((6400, 1600))
+
+    def test_beyond_the_most_heads_keep_the_ratio(self):
+        assert RISING.times(FAMILY, FAST, 128, 1024) == pytest.approx((800, 400))
+
+    def test_where_fewer_lengths_were_measured_with_more_heads_the_others_say_it(self):
+        found = profile((16, 512, 50, 100), (16, 1024, 100, 100), (64, 1024, 400, 200))
+        assert found.times(FAMILY, FAST, 32, 512) == pytest.approx((100, 200))
+
+    @pytest.mark.parametrize(("heads", "length"), [(16, 511), (15, 1024)])
+    def test_below_what_was_measured_nothing_is_said(self, heads, length):
+        assert RISING.times(FAMILY, FAST, heads, length) is None
+
+
+class TestCrossing:
+    @pytest.mark.parametrize(
+        ("heads", "wanted", "length"), [(16, 1.0, 1025), (16, 2**0.5, 1449), (16, 0.4, 512), (64, 2.0, 1024)]
+    )
+    def test_is_where_it_wins_from_then_on(self, heads, wanted, length):
+        assert RISING.crossing(FAMILY, FAST, heads, wanted) == pytest.approx(length, abs=1)
+
+    def test_a_win_between_losses_is_not_trusted(self):
+        found = profile((16, 512, 3, 1), (16, 1024, 1, 2), (16, 2048, 2, 1))
+        assert 1024 < found.crossing(FAMILY, FAST, 16, 1.05) < 2048
+
+    def test_there_is_none_where_it_loses_at_the_longest(self):
+        assert profile((16, 512, 2, 1), (16, 1024, 1, 1)).crossing(FAMILY, FAST, 16, 1.05) is None
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    monkeypatch.setattr(cost, "profiles", lambda: {"GPU": RISING})
+
+
+def predict(site, wanted=1.05):
     return cost.predict(site, "qk_int8_pv_fp8", "triton", "GPU", wanted)
 
 
-RISING = [[512, 0.6], [1024, 1.1], [2048, 1.2], [4096, 1.4]]
+@pytest.mark.usefixtures("rising")
+class TestPredict:
+    def test_says_both_times(self):
+        found = predict(SITE)
+        assert found.speedup == pytest.approx(2) and found.basis == "200 us against 400 us, GPU, 2026-01-01"
 
+    def test_counts_the_heads_of_all_sequences(self):
+        assert predict(replace(SITE, batch=8)).speedup == pytest.approx(4)
 
-@pytest.mark.parametrize(("length", "speedup", "reached"), [(1024, 1.1, 1024), (2047, 1.1, 1024), (9000, 1.4, 4096)])
-def test_the_longest_measured_length_that_is_reached_gives_the_win(monkeypatch, length, speedup, reached):
-    found = predict(monkeypatch, RISING, replace(SITE, q_len=length, kv_len=9000))
-    assert found == cost.Prediction(speedup, f"at {reached} tokens, GPU, 2026-01-01")
+    @pytest.mark.parametrize(
+        "change", [{"dtype": "float16"}, {"head_dim": 64}, {"is_causal": True}, {"heads": 4}, {"q_len": 1000}]
+    )
+    def test_what_was_not_measured_is_not_predicted(self, change):
+        assert predict(replace(SITE, **change)) is None
 
+    def test_of_another_device_nothing_is_known(self):
+        assert cost.predict(SITE, "qk_int8_pv_fp8", "triton", "TPU", 1.05) is None
 
-def test_below_the_crossing_gives_the_measured_loss(monkeypatch):
-    found = predict(monkeypatch, RISING, replace(SITE, q_len=700))
-    assert found == cost.Prediction(0.6, "below 1024 tokens, GPU, 2026-01-01")
+    @pytest.mark.parametrize(("value", "wins"), [(4096, True), (700, False)])
+    def test_a_symbolic_length_is_compared_once(self, value, wins):
+        length = Symbolic(value)
+        found = predict(replace(SITE, q_len=length, kv_len=4096), 2**0.5)
+        assert (found.speedup >= 2**0.5) == wins and length.compared == 1
+        assert found.basis == f"{'from' if wins else 'below'} 1449 tokens{' on' * wins}, GPU, 2026-01-01"
 
-
-def test_a_win_between_losses_is_not_trusted(monkeypatch):
-    found = predict(monkeypatch, [[512, 1.3], [1024, 0.9], [2048, 1.2]], replace(SITE, q_len=600, kv_len=600))
-    assert found == cost.Prediction(0.9, "below 2048 tokens, GPU, 2026-01-01")
-
-
-def test_a_kernel_that_never_wins_compares_no_length(monkeypatch):
-    length = Symbolic(4096)
-    found = predict(monkeypatch, [[512, 0.6], [4096, 0.9]], replace(SITE, q_len=length, kv_len=length))
-    assert found == cost.Prediction(0.9, "at best, at any length, GPU, 2026-01-01") and length.compared == 0
-
-
-def test_a_symbolic_length_is_compared_once(monkeypatch):
-    length = Symbolic(4096)
-    found = predict(monkeypatch, RISING, replace(SITE, q_len=length))
-    assert found == cost.Prediction(1.1, "from 1024 tokens on, GPU, 2026-01-01") and length.compared == 1
-
-
-@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"head_dim": 64}, {"is_causal": True}, {"heads": 8}])
-def test_what_was_not_measured_is_not_predicted(change, monkeypatch):
-    assert predict(monkeypatch, RISING, replace(SITE, **change)) is None
-
-
-def test_shorter_than_anything_measured_is_not_predicted(monkeypatch):
-    assert predict(monkeypatch, [[512, 1.2]], replace(SITE, q_len=100)) is None
-
-
-def test_each_provider_has_rows_of_its_own(monkeypatch):
-    row = {"format": "qk_int8_pv_fp8", "head_dim": 128, "is_causal": False, "dtypes": ["bfloat16"]}
-    row |= {"min_batch_heads": 16}
-    rows = [
-        row | {"provider": "triton", "speedup_at_length": [[1024, 0.9]]},
-        row | {"provider": "hopper", "speedup_at_length": [[1024, 1.4]]},
-    ]
-    monkeypatch.setattr(cost, "profiles", lambda: {"NVIDIA H200": {"date": "2026-01-01", "rows": rows}})
-    found = {who: cost.predict(SITE, "qk_int8_pv_fp8", who, "NVIDIA H200", 1.05) for who in PROVIDERS}
-    assert found["hopper"] == cost.Prediction(1.4, "at 1024 tokens, NVIDIA H200, 2026-01-01")
-    assert found["triton"] == cost.Prediction(0.9, "at best, at any length, NVIDIA H200, 2026-01-01")
-    assert found["sageattention"] is None
+    def test_a_kernel_that_never_wins_compares_no_length(self):
+        length = Symbolic(4096)
+        found = predict(replace(SITE, q_len=length, kv_len=length), 10.0)
+        assert found.speedup == 0 and found.basis == "at no length, GPU, 2026-01-01" and length.compared == 0
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc"])
@@ -95,10 +135,43 @@ def test_the_timer_turns_the_order_around_every_round(names):
     assert list(times) == list(names) and all(us > 0 for us in times.values())
 
 
-def test_shipped_profiles():
-    assert cost.profiles()
-    for device, profile in cost.profiles().items():
-        assert profile["schema"] == cost.SCHEMA and {"torch", "triton", "date"} <= profile.keys(), device
-        for row in profile["rows"]:
-            assert row["format"] in FORMATS and row["format"] in PROVIDERS[row["provider"]].formats
-            assert all(length > 0 and speedup > 0 for length, speedup in row["speedup_at_length"])
+class TestFiles:
+    def test_a_profile_reads_what_it_writes(self):
+        stored = json.loads(json.dumps(to_json({"device": "GPU", "date": "2026-01-01"}, RISING.points)))
+        assert Profile.read(stored) == RISING
+
+    def test_another_schema_is_refused(self):
+        with pytest.raises(ValueError, match=f"schema 1: this version reads {SCHEMA}"):
+            Profile.read({"schema": 1})
+
+    def test_shipped_ones(self):
+        assert {"AMD EPYC", "NVIDIA H200"} <= cost.profiles().keys()
+        for device, found in cost.profiles().items():
+            assert found.source == "shipped" and found.points, device
+            for point in found.points:
+                assert point.us[SDPA] > 0 and len(point.us) > 1
+                for name in point.us.keys() - {SDPA}:
+                    format, provider = name.split()
+                    assert format in FORMATS and format in PROVIDERS[provider].formats and point.us[name] > 0
+
+    def test_the_machines_own_goes_before_a_shipped_one(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        own = cost.own_profiles()
+        own.mkdir(parents=True)
+        text = json.dumps(to_json({"device": "NVIDIA H200", "date": "2027-01-01"}, RISING.points))
+        (own / "nvidia_h200.json").write_text(text)
+        cost.profiles.cache_clear()
+        found = cost.profiles()["NVIDIA H200"]
+        cost.profiles.cache_clear()
+        assert found.date == "2027-01-01" and found.source == str(own / "nvidia_h200.json")
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"schema": 2}'])
+    def test_one_that_cannot_be_read_is_said_and_left_out(self, monkeypatch, tmp_path, caplog, text):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cost.own_profiles().mkdir(parents=True)
+        (cost.own_profiles() / "nvidia_h200.json").write_text(text)
+        cost.profiles.cache_clear()
+        with caplog.at_level(logging.WARNING, "sagecompile"):
+            found = cost.profiles()["NVIDIA H200"]
+        cost.profiles.cache_clear()
+        assert found.source == "shipped" and "sagecompile calibrate writes a new one" in caplog.text

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from sagecompile.errors import SageCompileError
 
-from . import bench, doctor, explain
+from . import bench, calibrate, doctor, explain
 
-COMMANDS = (bench, doctor, explain)
+COMMANDS = (bench, calibrate, doctor, explain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,15 +8,20 @@ do not cover, local.py measures on the machine itself.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from sagecompile.site import AttentionSite
 
-SCHEMA = 1
+from . import store
+from .profile import Profile
+
+logger = logging.getLogger("sagecompile")
 
 Alternative = tuple[str, str]
 """To SDPA: (format, provider)."""
@@ -42,46 +47,57 @@ class Measures(Protocol):
 
 
 @cache
-def profiles() -> dict[str, dict[str, Any]]:
-    """Every shipped profile, by device name. A profile says schema, device, versions, date and rows."""
+def profiles() -> dict[str, Profile]:
+    """By device name: those shipped, and in their place what `sagecompile calibrate` measured on this machine."""
     found = {}
     for file in sorted((resources.files(__package__) / "profiles").iterdir(), key=lambda item: item.name):
         if file.name.endswith(".json"):
-            profile = json.loads(file.read_text())
-            assert profile["schema"] == SCHEMA, f"{file.name}: schema {profile['schema']}, this version reads {SCHEMA}"
-            found[profile["device"]] = profile
+            profile = Profile.read(json.loads(file.read_text()))
+            found[profile.device] = profile
+    for own in sorted(own_profiles().glob("*.json")):
+        try:
+            profile = Profile.read(json.loads(own.read_text()), str(own))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is no profile (%s): sagecompile calibrate writes a new one", own, error)
+            continue
+        found[profile.device] = profile
     return found
 
 
-def predict(site: AttentionSite, format: str, provider: str, device: str, wanted: float) -> Prediction | None:
-    """The speed-up that was measured for such a site, or None; `wanted` is the one that it would take to be used.
+def own_profiles() -> Path:
+    """Where `sagecompile calibrate` puts what it measured."""
+    return store.folder().parent / "profiles"
 
-    A row of a profile was measured for one format, provider, dtype, head dim and causality, with at least
-    `min_batch_heads` batch x heads, at several equal lengths. From the shortest length on from which it won by
-    `wanted` at every measured one, it is used: that length is the only one compared, so that a symbolic length gets
-    one guard, and none where the kernel wins at no length. Lengths that are numbers get the speed-up of the longest
-    measured one that they reach.
+
+def predict(site: AttentionSite, format: str, provider: str, device: str, wanted: float) -> Prediction | None:
+    """The speed-up that the device's profile says, or None where it says nothing; `wanted`: what it takes to be used.
+
+    Sizes that are numbers get the times at them. A length that is a symbol is compared once, with the crossing: the
+    shortest from which on the kernel wins by `wanted`; and not at all where it wins at none. Symbolic numbers of heads
+    are compared once, with the fewest measured.
     """
     profile = profiles().get(device)
-    for row in profile["rows"] if profile else ():
-        measured = (row["format"], row["provider"], row["head_dim"], row["is_causal"])
-        if measured != (format, provider, site.head_dim, site.is_causal) or site.dtype not in row["dtypes"]:
-            continue
-        speedups = sorted(row["speedup_at_length"])
-        losses = [index for index, (_, speedup) in enumerate(speedups) if speedup < wanted]
-        crossing = losses[-1] + 1 if losses else 0
-        when = f"{device}, {profile['date']}"  # type: ignore[index]
-        if crossing == len(speedups):
-            return Prediction(max(speedup for _, speedup in speedups), f"at best, at any length, {when}")
-        length, speedup = speedups[crossing]
-        if site.batch * site.heads < row["min_batch_heads"]:
+    family, alternative = (site.dtype, site.head_dim, site.is_causal), f"{format} {provider}"
+    fewest = profile.fewest_heads(family, alternative) if profile and isinstance(site.head_dim, int) else None
+    if profile is None or fewest is None:
+        return None
+    heads = site.batch * site.heads
+    if heads < fewest:
+        return None
+    heads = heads if isinstance(heads, int) else fewest
+    when = f"{device}, {profile.date}"
+    if isinstance(site.q_len, int) and isinstance(site.kv_len, int):
+        times = profile.times(family, alternative, heads, site.q_len) if site.q_len == site.kv_len else None
+        if times is None:
             return None
-        if site.q_len >= length and site.kv_len >= length:
-            if not (isinstance(site.q_len, int) and isinstance(site.kv_len, int)):
-                return Prediction(speedup, f"from {length} tokens on, {when}")
-            reached = [entry for entry in speedups if entry[0] <= min(site.q_len, site.kv_len)]
-            return Prediction(reached[-1][1], f"at {reached[-1][0]} tokens, {when}")
-        if crossing == 0:
-            return None
-        return Prediction(speedups[crossing - 1][1], f"below {length} tokens, {when}")
-    return None
+        return Prediction(times[0] / times[1], f"{_shown(times[1])} against {_shown(times[0])}, {when}")
+    crossing = profile.crossing(family, alternative, heads, wanted)
+    if crossing is None:
+        return Prediction(0.0, f"at no length, {when}")
+    if site.q_len >= crossing and site.kv_len >= crossing:
+        return Prediction(wanted, f"from {crossing} tokens on, {when}")
+    return Prediction(0.0, f"below {crossing} tokens, {when}")
+
+
+def _shown(us: float) -> str:
+    return f"{us:.0f} us" if us < 1000 else f"{us / 1000:.3g} ms"

@@ -46,7 +46,7 @@ class Local:
 
     def recall(self, site: AttentionSite) -> dict[Alternative, Prediction]:
         """What was measured of such a site before, here or in another process."""
-        found = store.recall(self._key(site)) if _has_fixed_sizes(site) else None
+        found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
         basis = f"measured here at {found['shape']}, {found['date']}"
@@ -62,29 +62,32 @@ class Local:
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
         smaller = _shrink(site)
-        if _flops(smaller) > LONGEST * FLOPS[site.device_type]:
+        if flops(smaller) > LONGEST * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
         if _bytes(smaller, len(alternatives)) > MEMORY:
             return f"{_bytes(smaller, len(alternatives)) >> 20} MiB are too many to measure while compiling"
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-                times = _race(smaller, alternatives, self.launcher)
+                times = race(smaller, alternatives, self.launcher)
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
             return f"measuring failed: {type(failure).__name__}: {failure}"
         speedups = {
             f"{format} {provider}": times["sdpa"] / times[format, provider] for format, provider in alternatives
         }
-        before = store.recall(self._key(site)) or {"speedups": {}}
+        before = store.recall(self.key(site)) or {"speedups": {}}
         found = {"shape": smaller.shape, "date": _today(), "speedups": before["speedups"] | speedups}
-        store.remember(self._key(site), found)
+        store.remember(self.key(site), found)
         return self.recall(site)
 
-    def _key(self, site: AttentionSite) -> dict[str, Any]:
+    def key(self, site: AttentionSite) -> dict[str, Any]:
+        """What a measurement of such a site is kept under."""
         names = "batch heads kv_heads q_len kv_len head_dim dtype is_causal".split()
         return dict(self.machine) | {name: getattr(site, name) for name in names} | {"cuda_graphs": self.cuda_graphs}
 
 
-def _race(site: AttentionSite, alternatives: Sequence[Alternative], launcher: Launcher) -> dict[Any, float]:
+def race(
+    site: AttentionSite, alternatives: Sequence[Alternative], launcher: Launcher, budget_s: float = BUDGET_S
+) -> dict[Any, float]:
     """Median microseconds of SDPA and of each alternative, in turn, as `sdpa` and (format, provider)."""
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
@@ -108,7 +111,7 @@ def _race(site: AttentionSite, alternatives: Sequence[Alternative], launcher: La
     calls: dict[Any, Callable[[], object]] = {"sdpa": sdpa}
     calls |= {alternative: attention(*alternative) for alternative in alternatives}
     with torch.autocast(site.device_type, enabled=False):
-        return interleaved_median_us(calls, site.device_type, BUDGET_S, least_runs=3)
+        return interleaved_median_us(calls, site.device_type, budget_s, least_runs=3, warm_ups=1)
 
 
 def _has_fixed_sizes(site: AttentionSite) -> bool:
@@ -116,7 +119,7 @@ def _has_fixed_sizes(site: AttentionSite) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _flops(site: AttentionSite) -> float:
+def flops(site: AttentionSite) -> float:
     full: float = 4.0 * site.batch * site.heads * site.q_len * site.kv_len * site.head_dim
     return full / 2 if site.is_causal else full
 
@@ -132,7 +135,7 @@ def _shrink(site: AttentionSite) -> AttentionSite:
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
     least = -(-LEAST_HEADS[site.device_type] // group)
-    groups = min(all_groups, max(least, int(all_groups * FLOPS[site.device_type] / _flops(site))))
+    groups = min(all_groups, max(least, int(all_groups * FLOPS[site.device_type] / flops(site))))
     kv_heads = min(groups, site.kv_heads)
     return replace(site, batch=max(1, groups // kv_heads), kv_heads=kv_heads, heads=kv_heads * group)
 

@@ -15,14 +15,18 @@ WARM_UPS = 3
 
 
 def interleaved_median_us(
-    calls: Mapping[str, Callable[[], object]], device_type: str, budget_s: float = 1.0, least_runs: int = 5
+    calls: Mapping[str, Callable[[], object]],
+    device_type: str,
+    budget_s: float = 1.0,
+    least_runs: int = 5,
+    warm_ups: int = WARM_UPS,
 ) -> dict[str, float]:
     """Run the calls in turn until the budget is spent, `least_runs` times at the least; launch overhead counts.
 
     Every other round goes backwards, so that no call always runs in the caches and clocks that the same one left.
     """
     for call in calls.values():
-        for _ in range(WARM_UPS):
+        for _ in range(warm_ups):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget_s

@@ -93,12 +93,13 @@ def test_a_compared_length_becomes_a_guard(monkeypatch):
     from sagecompile import cost, formats
 
     monkeypatch.setitem(formats.PROVIDERS, "reference", replace(formats.PROVIDERS["reference"], may_win=True))
-    row = {"format": "qk_int8_pv_fp16", "provider": "reference", "head_dim": 32, "is_causal": True}
-    row |= {"dtypes": ["float32"], "min_batch_heads": 1, "speedup_at_length": [[64, 2.0]]}
+    from sagecompile.cost.profile import Point, Profile
     from sagecompile.kernels import available
 
-    profile = {available.device("cpu").name: {"date": "2026-01-01", "rows": [row]}}
-    monkeypatch.setattr(cost, "profiles", lambda: profile)
+    us = {"sdpa": 2.0, "qk_int8_pv_fp16 reference": 1.0}
+    points = tuple(Point("float32", 32, True, 1, length, us) for length in (64, 4096))
+    name = available.device("cpu").name
+    monkeypatch.setattr(cost, "profiles", lambda: {name: Profile(name, "2026-01-01", points)})
     compiled = torch.compile(Block().eval(), backend="sage_inductor", dynamic=True)
     with torch.no_grad(), recording() as reports:
         for length in (100, 80, 50, 40, 200):

@@ -56,7 +56,6 @@ def test_an_impossible_value_is_refused_before_anything_runs(option, value, mess
     [
         (["attention", "--graph"], "--graph: CUDA graphs need a CUDA device, this is cpu"),
         (["block", "--graph"], "--graph: CUDA graphs need a CUDA device, this is cpu"),
-        (["attention", "--kernel-only", "--profile", "p.json"], "leave out --kernel-only"),
         (["attention", "--plot", "p.png"], "--plot needs matplotlib: pip install matplotlib"),
         (["attention", "--flash-attention-3", "no.so"], "--flash-attention-3: no file no.so"),
         (["models", "--models", "llama,flux"], "--models flux needs diffusers: pip install diffusers"),

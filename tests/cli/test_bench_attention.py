@@ -16,12 +16,10 @@ from support import exact_attention, relative_error
 import sagecompile.cli.bench.attention as bench_attention
 import sagecompile.cli.bench.flash_attention_3 as fa3
 import sagecompile.cli.bench.kernel_only as kernel_only
-from sagecompile import cost
 from sagecompile.cli import main
 from sagecompile.cli.bench.attention import attention_rows, error_against_float64, quantization_row
 from sagecompile.cli.bench.measure import Measurement
 from sagecompile.cli.bench.plot import curves, draw
-from sagecompile.cli.bench.profile import profile, render_profile
 from sagecompile.cli.bench.shapes import Shape, inputs
 
 CPU = torch.device("cpu")
@@ -36,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_prints_ratios_beside_error_and_json_last(capsys, folder):
-    assert main(["bench", "attention", *SMALL, "--reference", "--json", "rows.json", "--profile", "profile.json"]) == 0
+    assert main(["bench", "attention", *SMALL, "--reference", "--json", "rows.json"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = json.loads((folder / "rows.json").read_text())["rows"]
     assert last["rows"] == len(rows)
@@ -50,9 +48,6 @@ def test_prints_ratios_beside_error_and_json_last(capsys, folder):
             assert row["quantized"] == (row["what"] not in plain) and row["error"] < 0.045
             assert row["ratio_to_best"] == pytest.approx(best["us"] / row["us"], rel=0.01)
             assert row["ratio_to_sdpa"] == pytest.approx(sdpa["us"] / row["us"], rel=0.01)
-    written = json.loads((folder / "profile.json").read_text())
-    assert written["schema"] == cost.SCHEMA and written["timed"] == "eager"
-    assert written["rows"][0]["speedup_at_length"][0][0] == 32
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -88,20 +83,6 @@ def test_a_causal_shape_has_half_the_work():
 def test_without_sdpa_there_is_no_row(capsys):
     assert not list(attention_rows(SHAPE, {"sdpa flash": Measurement(1.0, 0.0, "eager")}, {"sdpa flash"}))
     assert "SDPA itself did not run" in capsys.readouterr().out
-
-
-def test_the_profile_has_formats_only_with_their_speed_over_sdpa():
-    times = {"sdpa": 40.0, "sdpa cudnn": 20.0, "qk_int8_pv_fp8 triton": 10.0, "sageattention 1.0.6": 5.0}
-    measured = {name: Measurement(us, 0.01, "graph") for name, us in times.items()}
-    rows = [
-        row
-        for length in (512, 1024)
-        for row in attention_rows(dataclasses.replace(SHAPE, length=length), measured, {"sdpa", "sdpa cudnn"})
-    ]
-    (found,) = profile({"device": "GPU"}, rows)["rows"]
-    assert (found["format"], found["provider"]) == ("qk_int8_pv_fp8", "triton")
-    assert found["speedup_at_length"] == [[512, 4.0], [1024, 4.0]]
-    assert json.loads(render_profile(profile({"device": "GPU"}, rows)))["rows"] == [found]
 
 
 # FlashAttention-3

@@ -1,6 +1,6 @@
-"""Time what sagecompile changes: attention alone, a block around it, whole models.
+"""Time what sagecompile changes: attention alone, a block around it, whole models; and judge its decisions.
 
-In: the command line. Out: a table, each figure beside its error; JSON; a plot; the profile that `policy=auto` reads.
+In: the command line. Out: a table, each figure beside its error; JSON; a plot.
 Only the command line is here, so that `--help` loads no torch; each benchmark is the file of its name.
 """
 
@@ -19,7 +19,7 @@ MODELS = ("flux", "wan", "wan-14b", "llama")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
-    for name, add in (("attention", _add_attention), ("block", _add_block), ("models", _add_models)):
+    for name, add in BENCHMARKS.items():
         text = inspect.cleandoc(add.__doc__ or "")
         sub = benchmarks.add_parser(
             name,
@@ -29,9 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         sub.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
         sub.add_argument("--json", type=_file, metavar="FILE", help="write the rows as JSON as well")
-        sub.add_argument(
-            "--reference", action="store_true", help="time the plain-torch reference as well, which is slow"
-        )
         add(sub)
 
 
@@ -50,6 +47,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     SDPA, which is what would run otherwise. The error is the relative L2 error against float64 on a sample of the
     queries, for N(0,1) inputs with a bias of 3 on K.
     """
+    _add_reference(parser)
     _add_shapes(parser)
     _add_timing(parser)
     parser.add_argument(
@@ -65,12 +63,6 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
         help="vLLM's _vllm_fa3_C.abi3.so (default: that of the installed vllm)",
     )
     parser.add_argument("--plot", type=_file, metavar="FILE.png", help="draw time and ratio against length")
-    parser.add_argument(
-        "--profile",
-        type=_file,
-        metavar="FILE",
-        help="write what `policy=auto` reads for this device; timed with launches unless --graph is given",
-    )
 
 
 def _add_block(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +72,7 @@ def _add_block(parser: argparse.ArgumentParser) -> None:
     inductor and by sage_inductor, with policy `always` for each format and with `auto`. The error is the relative
     L2 error of the whole output against a float32 eager run of the same block.
     """
+    _add_reference(parser)
     _add_shapes(parser)
     _add_timing(parser)
     parser.add_argument(
@@ -98,6 +91,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     self-attention, text included. Each forward is timed with its launches; the error is the relative L2 error of the
     output against inductor's, the peak memory that of one forward with the weights. The report lists every site.
     """
+    _add_reference(parser)
     parser.add_argument(
         "--models",
         type=_names(MODELS),
@@ -107,6 +101,26 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=_integers, default=None, help="comma-separated; default: each model's own")
     parser.add_argument("--layers", type=_positive, default=2, help="default 2")
     parser.add_argument("--small", action="store_true", help="tiny widths, to try the command on a CPU")
+
+
+def _add_decision(parser: argparse.ArgumentParser) -> None:
+    """random shapes, decided as `policy=auto` does and then measured: how often right, and what a wrong one costs
+
+    The regret of a shape is the time of what was chosen over that of the best, less one. Shapes are drawn with --seed;
+    the profile holds none of them but by chance.
+    """
+    parser.add_argument("--shapes", type=_positive, default=100, help="default 100")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--measure", action="store_true", help="let `auto` measure what the profile does not cover, as it would"
+    )
+    parser.add_argument("--plot", type=_file, metavar="FILE.png", help="draw predicted against measured, and regrets")
+
+
+def _add_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference", action="store_true", help="time the plain-torch reference as well, which is slow"
+    )
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +172,14 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= 3600:
         raise argparse.ArgumentTypeError(f"{text}: needs a number above 0 and at most 3600, such as 0.5")
     return seconds
+
+
+BENCHMARKS = {
+    "attention": _add_attention,
+    "block": _add_block,
+    "models": _add_models,
+    "decision": _add_decision,
+}
 
 
 class _names:

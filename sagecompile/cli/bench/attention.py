@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from sagecompile.errors import SageCompileError
 from sagecompile.formats import PROVIDERS
 from sagecompile.kernels import available
 from sagecompile.ops import attention
@@ -25,8 +24,7 @@ from .alternatives import sageattention_package, unquantized
 from .kernel_only import Apart, copy_gb_per_s, offered, take_apart
 from .measure import Call, Error, Measurement, measure, or_left_out, relative_error, say
 from .plot import draw
-from .profile import profile, render_profile
-from .session import captures_graphs, device_of, machine, require, results
+from .session import captures_graphs, device_of, require, results
 from .shapes import HEADER, QKV, Shape, inputs, shapes
 
 SAMPLED_QUERIES = 128
@@ -34,9 +32,7 @@ SAMPLED_QUERIES = 128
 
 def run(arguments: argparse.Namespace) -> int:
     device = device_of(arguments)
-    graph = captures_graphs(arguments, device, default=arguments.profile is None)
-    if arguments.kernel_only and arguments.profile:
-        raise SageCompileError("--profile is of times with the quantization: leave out --kernel-only")
+    graph = captures_graphs(arguments, device)
     if arguments.plot:
         require("matplotlib", "--plot")
     with results(arguments, device) as found, torch.inference_mode():
@@ -63,10 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
                     row = quantization_row(shape, name, measurement, least_bytes, found["copy_gb_per_s"])
                     found["quantization"].append(row)
                     print(_render_quantization(shape, row), flush=True)
-    if arguments.profile:
-        arguments.profile.write_text(
-            render_profile(profile(machine(device) | {"timed": "graph" if graph else "eager"}, found["rows"]))
-        )
     if arguments.plot:
         draw(found["rows"], found["device"], arguments.plot)
     return 0

@@ -34,11 +34,11 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def captures_graphs(arguments: argparse.Namespace, device: torch.device, default: bool = True) -> bool:
-    """--graph or --eager, or the default where CUDA graphs are possible."""
+def captures_graphs(arguments: argparse.Namespace, device: torch.device) -> bool:
+    """--graph, the default where CUDA graphs are possible, or --eager."""
     if arguments.graph and device.type != "cuda":
         raise SageCompileError(f"--graph: CUDA graphs need a CUDA device, this is {device.type}; leave it out")
-    return device.type == "cuda" and (default if arguments.graph is None else arguments.graph)
+    return device.type == "cuda" and (True if arguments.graph is None else arguments.graph)
 
 
 @contextmanager

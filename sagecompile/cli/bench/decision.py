@@ -1,0 +1,157 @@
+"""How good the decision is: random shapes that no profile holds, decided as `policy=auto` does, then measured.
+
+In: how many shapes, a seed. Out: a row a shape: what was chosen, the times of all, the regret (the chosen time over the
+best, less one), the predicted speed-up against the measured one; and what they come to together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sagecompile import backend
+from sagecompile.cost.local import flops, race
+from sagecompile.decide import Use
+from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.kernels import available, launcher
+from sagecompile.settings import Settings
+from sagecompile.site import AttentionSite
+
+from .measure import or_left_out
+from .session import device_of, require, results
+
+CLOSE = 0.03
+"""Two times that differ by less are taken for equal: either choice is right."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What random shapes are drawn from."""
+
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    batches: tuple[int, int]
+    heads: tuple[int, ...]
+    lengths: tuple[int, int]
+    flops: float
+    """Of a call at most, which keeps a run to a minute or two."""
+
+
+DRAWN = {
+    "cpu": Shapes(("float32", "bfloat16"), (32, 64, 96, 128), (1, 8), (2, 4, 8, 12, 16), (17, 4000), 3e10),
+    "cuda": Shapes(("bfloat16", "float16"), (64, 96, 128), (1, 32), (8, 12, 16, 24, 32), (100, 40000), 4e13),
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = device_of(arguments)
+    if arguments.plot:
+        require("matplotlib", "--plot")
+    decision = backend.decider(Settings(measure=arguments.measure), cuda_graphs=False)
+    with results(arguments, device) as found, torch.no_grad():
+        print(f"{'shape':22} {'dtype':8} causal {'chosen':26} {'us':>9} {'best':>9} {'regret':>7} predicted   seen")
+        for site in draw(str(device), arguments.shapes, arguments.seed):
+            with or_left_out(site.shape):
+                found["rows"].append(row := judge(site, decision))
+                print(_render(row), flush=True)
+        found["summary"] = summary(found["rows"])
+        for name, value in found["summary"].items():
+            print(f"{name:52} {value}")
+    if arguments.plot:
+        plot(found["rows"], found["device"], arguments.plot)
+    return 0
+
+
+def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
+    """Self-attention of random sizes, lengths as likely short as long."""
+    numbers, drawn = random.Random(seed), DRAWN[device.partition(":")[0]]
+    while count:
+        low, high = drawn.lengths
+        length = round(low * (high / low) ** numbers.random())
+        head_dim, heads = numbers.choice(drawn.head_dims), numbers.choice(drawn.heads)
+        batch = round(drawn.batches[0] * (drawn.batches[1] / drawn.batches[0]) ** numbers.random())
+        sizes = (batch, heads, heads, length, length, head_dim, head_dim)
+        dtype, is_causal = numbers.choice(drawn.dtypes), numbers.random() < 0.5
+        site = AttentionSite("decision", "", "sdpa", *sizes, dtype, device, is_causal=is_causal)
+        if flops(site) <= drawn.flops:
+            yield site
+            count -= 1
+
+
+def judge(site: AttentionSite, decide: Any) -> dict[str, Any]:
+    """One site: decided first, measured then."""
+    decision = decide(site)
+    able = [
+        (format, provider.name)
+        for provider in PROVIDERS.values()
+        if provider.may_win and site.device_type in provider.devices
+        for format in FORMATS
+        if format in provider.formats and available.refusal(site, format, provider.name, cuda_graphs=False) is None
+    ]
+    times = {name if name == "sdpa" else " ".join(name): us for name, us in race(site, able, launcher, 0.2).items()}
+    chosen = f"{decision.format} {decision.provider}" if isinstance(decision, Use) else "sdpa"
+    best = min(times, key=times.__getitem__)
+    predicted = decision.prediction.speedup if isinstance(decision, Use) and decision.prediction else None
+    return {
+        "shape": site.shape,
+        "dtype": site.dtype,
+        "is_causal": site.is_causal,
+        "us": times,
+        "chosen": chosen,
+        "best": best,
+        "regret": times[chosen] / times[best] - 1,
+        "clear": max(times["sdpa"], times[best]) / min(times["sdpa"], times[best]) > 1 + CLOSE,
+        "predicted": predicted,
+        "measured": times["sdpa"] / times[chosen] if predicted else None,
+        "reason": decision.reason,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all shapes; a figure of no shapes is None."""
+    regrets = sorted(row["regret"] for row in rows)
+    clear = [row for row in rows if row["clear"]]
+    right = [row for row in clear if row["regret"] <= CLOSE]
+    ratios = [row["predicted"] / row["measured"] for row in rows if row["predicted"]]
+    near = [ratio for ratio in ratios if 1 / 1.15 <= ratio <= 1.15]
+    if not rows:
+        return {"shapes": 0}
+    return {
+        "shapes": len(rows),
+        "regret, median": f"{statistics.median(regrets):.1%}",
+        "regret, 95th percentile": f"{regrets[min(len(regrets) - 1, int(0.95 * len(regrets)))]:.1%}",
+        "regret, worst": f"{regrets[-1]:.1%}",
+        f"right where times differ by more than {CLOSE:.0%}": f"{len(right)} of {len(clear)}",
+        "predicted within 15% of measured, of those used": f"{len(near)} of {len(ratios)}",
+    }
+
+
+def _render(row: dict[str, Any]) -> str:
+    predicted = f"{row['predicted']:9.2f} {row['measured']:6.2f}" if row["predicted"] else f"{'':9} {'':6}"
+    times = f"{row['us'][row['chosen']]:9.1f} {row['us'][row['best']]:9.1f} {row['regret']:7.1%}"
+    causal = "yes" if row["is_causal"] else "no"
+    return f"{row['shape']:22} {row['dtype']:8} {causal:6} {row['chosen']:26} {times} {predicted}"
+
+
+def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
+    """Predicted against measured speed-up, and the regrets in order."""
+    figure = require("matplotlib.figure", "--plot").Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(f"decisions on {device}: {len(rows)} shapes that no profile holds")
+    left, right = figure.subplots(1, 2)
+    used = [row for row in rows if row["predicted"]]
+    left.scatter([row["measured"] for row in used], [row["predicted"] for row in used], s=9)
+    top = max([1.0, *(row["measured"] for row in used), *(row["predicted"] for row in used)])
+    left.plot([0, top], [0, top], color="gray", linewidth=0.8)
+    left.set_xlabel("measured speed-up")
+    left.set_ylabel("predicted speed-up")
+    right.plot(sorted(100 * row["regret"] for row in rows), marker=".", linestyle="none")
+    right.set_xlabel("shapes, by regret")
+    right.set_ylabel("regret, %")
+    figure.savefig(path)

@@ -1,0 +1,131 @@
+"""Measure this device on a grid of shapes, and write the profile that `policy=auto` goes by.
+
+In: nothing but the machine. Out: a file in the cache folder, used from then on in place of a shipped profile; with
+--share the same on stdout, to become one. What was measured is kept as it is found: a run that was cut short goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from sagecompile.errors import SageCompileError
+
+HELP = "measure this device, for policy=auto"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination whose calls have at most `flops`."""
+
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    heads: tuple[int, ...]
+    lengths: tuple[int, ...]
+    flops: float
+
+
+GRIDS = {
+    "cpu": Grid(
+        ("float32", "bfloat16"), (32, 64, 96, 128), (1, 4, 16), (32, 64, 128, 256, 512, 1024, 2048, 4096), flops=2e10
+    ),
+    "cuda": Grid(
+        ("bfloat16", "float16"), (64, 96, 128), (16, 64, 256), (512, 1024, 2048, 4096, 8192, 16384, 32768), flops=2e13
+    ),
+}
+BUDGET_S = 0.04
+"""Of timing for one shape, about; at least three runs of each alternative."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--share", action="store_true", help="print the profile as well, for a pull request")
+    parser.add_argument("--again", action="store_true", help="measure also what an earlier run has measured")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from sagecompile import cost
+    from sagecompile.cost.profile import to_json
+
+    from .bench.session import device_of, machine
+
+    device = device_of(arguments)
+    facts = machine(device)
+    with torch.no_grad():
+        points = list(_measure(str(device), arguments.again))
+    if not points:
+        raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
+    text = render(to_json(facts, points))
+    file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise SageCompileError(f"cannot write {file}: {error.strerror}; --share prints the profile") from error
+    finally:
+        if arguments.share:
+            print(text, end="")
+    print(f"{len(points)} shapes of {facts['device']} in {file}: policy=auto uses them from now on", file=sys.stderr)
+    return 0
+
+
+def _measure(device: str, again: bool) -> Iterator[Any]:
+    """Every point of the device's grid, with progress on stderr."""
+    from sagecompile.backend import measurements
+    from sagecompile.cost import store
+    from sagecompile.cost.local import flops, race
+    from sagecompile.cost.profile import Point
+    from sagecompile.formats import PROVIDERS
+    from sagecompile.kernels import available, launcher
+
+    grid = GRIDS[device.partition(":")[0]]
+    local = measurements(device, cuda_graphs=False)
+    shapes = list(product(grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths))
+    sites = [site for site in (_site(device, *shape) for shape in shapes) if flops(site) <= grid.flops]
+    for done, site in enumerate(sites):
+        if done % 10 == 0:
+            print(
+                f"\rcalibrating {available.device(device).name}: {done} of {len(sites)} shapes", end="", file=sys.stderr
+            )
+        key = {"calibration": True} | local.key(site)
+        found = None if again else store.recall(key)
+        if found is None:
+            able = [
+                (format, provider.name)
+                for provider in PROVIDERS.values()
+                if provider.may_win and site.device_type in provider.devices
+                for format in provider.formats
+                if available.refusal(site, format, provider.name, cuda_graphs=False) is None
+            ]
+            times = race(site, able, launcher, BUDGET_S) if able else {}
+            found = {name if name == "sdpa" else " ".join(name): us for name, us in times.items()}
+            store.remember(key, found)
+        if len(found) > 1:
+            yield Point(site.dtype, site.head_dim, site.is_causal, site.heads, site.q_len, found)
+    print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
+
+
+def _site(device: str, dtype: str, head_dim: int, is_causal: bool, heads: int, length: int) -> Any:
+    from sagecompile.site import AttentionSite
+
+    sizes = (1, heads, heads, length, length, head_dim, head_dim)
+    return AttentionSite("calibrate", "", "sdpa", *sizes, dtype, device, is_causal=is_causal)
+
+
+def render(profile: dict[str, Any]) -> str:
+    """JSON with one shape a line, so that a new measurement can be read as a diff."""
+    head = json.dumps({key: value for key, value in profile.items() if key != "points"}, indent=1)
+    groups = []
+    for group in profile["points"]:
+        facts = json.dumps({key: value for key, value in group.items() if key != "heads_length_us"})
+        rows = ",\n   ".join(json.dumps(row) for row in group["heads_length_us"])
+        groups.append(f'{facts[:-1]}, "heads_length_us": [\n   {rows}\n  ]}}')
+    return f'{head[:-2]},\n "points": [\n  {("," + chr(10) + "  ").join(groups)}\n ]\n}}\n'

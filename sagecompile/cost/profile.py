@@ -1,0 +1,156 @@
+"""A device's profile: how long SDPA and its alternatives took on a grid of shapes, and what that says in between.
+
+In: points, each the times at one dtype, head dim, causality, number of heads and length. Out: times at any shape that
+the grid encloses, and the length from which on an alternative wins. Between points times are powers of the length and
+of the heads, straight lines in logarithms. Beyond the longest length and the most heads the last ratio holds, as all
+processors are at work by then; below the shortest and the fewest nothing is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+SCHEMA = 2
+SDPA = "sdpa"
+
+Family = tuple[str, int, bool]
+"""(dtype, head_dim, is_causal)"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Self-attention of `heads` heads in all, of all sequences, with `length` queries and keys each."""
+
+    dtype: str
+    head_dim: int
+    is_causal: bool
+    heads: int
+    length: int
+    us: Mapping[str, float]
+    """Microseconds of `sdpa` and of each `format provider`."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One alternative against SDPA at some number of heads, by rising lengths."""
+
+    lengths: tuple[int, ...]
+    sdpa: tuple[float, ...]
+    """Logarithms of microseconds, as `other` is."""
+    other: tuple[float, ...]
+
+    def at(self, length: float) -> tuple[float, float] | None:
+        """Logarithms of the times of SDPA and the alternative; None below the shortest length."""
+        if length < self.lengths[0]:
+            return None
+        if length >= self.lengths[-1]:
+            more = 2 * math.log(length / self.lengths[-1])  # the work grows with the square
+            return self.sdpa[-1] + more, self.other[-1] + more
+        after = next(i for i, known in enumerate(self.lengths) if known > length)
+        weight = math.log(length / self.lengths[after - 1]) / math.log(self.lengths[after] / self.lengths[after - 1])
+        return tuple(  # type: ignore[return-value]
+            (1 - weight) * times[after - 1] + weight * times[after] for times in (self.sdpa, self.other)
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of one device."""
+
+    device: str
+    date: str
+    points: tuple[Point, ...]
+    source: str = "shipped"
+    """`shipped`, or the file of `sagecompile calibrate`."""
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any], source: str = "shipped") -> Profile:
+        """From JSON; ValueError or KeyError where it is none of this schema."""
+        if stored["schema"] != SCHEMA:
+            raise ValueError(f"schema {stored['schema']}: this version reads {SCHEMA}")
+        points = tuple(
+            Point(group["dtype"], group["head_dim"], group["is_causal"], heads, length, dict(us))
+            for group in stored["points"]
+            for heads, length, us in group["heads_length_us"]
+        )
+        return cls(stored["device"], stored["date"], points, source)
+
+    @cached_property
+    def _lines(self) -> dict[tuple[Family, str], dict[int, Line]]:
+        """For each family and alternative the lines by their heads, fewest first."""
+        found: dict[tuple[Family, str], dict[int, list[Point]]] = {}
+        for point in sorted(self.points, key=lambda point: (point.heads, point.length)):
+            for name in point.us.keys() - {SDPA}:
+                family = (point.dtype, point.head_dim, point.is_causal)
+                found.setdefault((family, name), {}).setdefault(point.heads, []).append(point)
+        return {key: {heads: _line(on, key[1]) for heads, on in lines.items()} for key, lines in found.items()}
+
+    def fewest_heads(self, family: Family, alternative: str) -> int | None:
+        """That something is known of; None if nothing is."""
+        return min(self._lines.get((family, alternative), {}), default=None)
+
+    def times(self, family: Family, alternative: str, heads: int, length: float) -> tuple[float, float] | None:
+        """Microseconds of SDPA and of the alternative, or None outside of what was measured."""
+        lines = self._lines.get((family, alternative), {})
+        below = max((known for known in lines if known <= heads), default=None)
+        above = min((known for known in lines if known > heads), default=None)
+        low = lines[below].at(length) if below is not None else None
+        if low is None or below is None:
+            return None
+        high = lines[above].at(length) if above is not None else None
+        if high is None or above is None:
+            more = math.log(heads / below)  # the work grows with the heads
+            return math.exp(low[0] + more), math.exp(low[1] + more)
+        weight = math.log(heads / below) / math.log(above / below)
+        return tuple(  # type: ignore[return-value]
+            math.exp((1 - weight) * a + weight * b) for a, b in zip(low, high, strict=True)
+        )
+
+    def crossing(self, family: Family, alternative: str, heads: int, wanted: float) -> int | None:
+        """The length from which on the alternative is `wanted` times faster at all known lengths; None if never."""
+        lines = self._lines.get((family, alternative), {})
+        lengths = sorted({length for line in lines.values() for length in line.lengths})
+        speedups = [(length, self._speedup(family, alternative, heads, length)) for length in lengths]
+        known = [(length, speedup) for length, speedup in speedups if speedup is not None]
+        losses = [i for i, (_, speedup) in enumerate(known) if speedup < wanted]
+        if not known or losses[-1:] == [len(known) - 1]:
+            return None
+        if not losses:
+            return known[0][0]
+        (low, losing), (high, winning) = known[losses[-1]], known[losses[-1] + 1]
+        weight = math.log(wanted / losing) / math.log(winning / losing)
+        return math.ceil(low * (high / low) ** weight)
+
+    def _speedup(self, family: Family, alternative: str, heads: int, length: float) -> float | None:
+        times = self.times(family, alternative, heads, length)
+        return times[0] / times[1] if times else None
+
+
+def _line(points: Sequence[Point], alternative: str) -> Line:
+    return Line(
+        tuple(point.length for point in points),
+        tuple(math.log(point.us[SDPA]) for point in points),
+        tuple(math.log(point.us[alternative]) for point in points),
+    )
+
+
+def to_json(machine: Mapping[str, Any], points: Iterable[Point]) -> dict[str, Any]:
+    """What `Profile.read` reads; `machine`: device, date, versions."""
+    groups: dict[Family, list[Any]] = {}
+    for point in points:
+        row = [point.heads, point.length, {name: float(f"{us:.4g}") for name, us in point.us.items()}]
+        groups.setdefault((point.dtype, point.head_dim, point.is_causal), []).append(row)
+    return (
+        {"schema": SCHEMA}
+        | dict(machine)
+        | {
+            "points": [
+                {"dtype": dtype, "head_dim": head_dim, "is_causal": is_causal, "heads_length_us": rows}
+                for (dtype, head_dim, is_causal), rows in groups.items()
+            ]
+        }
+    )
