@@ -137,7 +137,7 @@ def _predicted_wins(
     if unmeasured:
         why = f" ({why_not_measured})" if why_not_measured else ""
         names = ", ".join(unmeasured)
-        refusals.append(f"not measured at this shape on {device.name}{why}: {names}; policy=always uses it")
+        refusals.append(f"not measured at this shape on {device.name}{why}: {names}; run `sagecompile calibrate`")
     return wins, refusals
 
 

@@ -242,7 +242,7 @@ class TestSetting:
             Settings().updated({"measure": "maybe"}, "")
 
     def test_off(self, races):
-        q = torch.randn(1, 2, 90, 64)
+        q = torch.randn(1, 2, 90, 72)
         off = {"sage.measure": False}
         _, report = compiled(F.scaled_dot_product_attention, q, q, q, policy="auto", options=off)
         assert report.kept[0].decision.cause.startswith("not measured at this shape") and not races

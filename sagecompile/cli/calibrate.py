@@ -28,15 +28,24 @@ class Grid:
     head_dims: tuple[int, ...]
     heads: tuple[int, ...]
     lengths: tuple[int, ...]
+    """Round ones, and others between them."""
     flops: float
 
 
 GRIDS = {
     "cpu": Grid(
-        ("float32", "bfloat16"), (32, 64, 96, 128), (1, 4, 16), (32, 64, 128, 256, 512, 1024, 2048, 4096), flops=2e10
+        dtypes=("float32", "bfloat16"),
+        head_dims=(32, 64, 96, 128),
+        heads=(1, 4, 16),
+        lengths=(9, 17, 32, 45, 64, 91, 128, 181, 256, 361, 512, 725, 1024, 1449, 2048, 2897, 4096),
+        flops=1.2e10,
     ),
     "cuda": Grid(
-        ("bfloat16", "float16"), (64, 96, 128), (16, 64, 256), (512, 1024, 2048, 4096, 8192, 16384, 32768), flops=2e13
+        dtypes=("bfloat16", "float16"),
+        head_dims=(64, 96, 128),
+        heads=(16, 64, 256),
+        lengths=(512, 725, 1024, 1449, 2048, 2897, 4096, 5793, 8192, 11585, 16384, 23170, 32768),
+        flops=2e13,
     ),
 }
 BUDGET_S = 0.04

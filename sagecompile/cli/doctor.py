@@ -6,6 +6,7 @@ In: nothing but the machine. Out: a table, or JSON. Kernels are tried for real, 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 from typing import Any
@@ -62,7 +63,7 @@ def _examine_device(name: str) -> dict[str, Any]:
         "device": name,
         "name": device.name,
         "compute_capability": device.compute_capability,
-        "profile": profile["date"] if profile else None,
+        "profile": {"date": profile.date, "source": profile.source} if profile else None,
         "formats": rows,
     }
 
@@ -93,11 +94,14 @@ def render(found: dict[str, Any]) -> str:
         shown = f", compute capability {capability[0]}.{capability[1]}" if capability else ""
         lines += ["", f"{device['device']}: {device['name']}{shown}"]
         if device["profile"]:
+            date, source = device["profile"]["date"], device["profile"]["source"]
+            age = (datetime.date.today() - datetime.date.fromisoformat(date)).days
             lines.append(
-                f"  measured on {device['profile']}: policy=auto uses what won there, and measures other shapes"
+                f"  profile of {date}, {age} days old, {source}: policy=auto goes by it, and measures other shapes"
             )
         else:
-            lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it")
+            lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it;")
+            lines.append("  `sagecompile calibrate` measures a grid of them in about a minute")
         lines += [
             f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"
             for row in device["formats"]

@@ -2,8 +2,9 @@
 
 In: points, each the times at one dtype, head dim, causality, number of heads and length. Out: times at any shape that
 the grid encloses, and the length from which on an alternative wins. Between points times are powers of the length and
-of the heads, straight lines in logarithms. Beyond the longest length and the most heads the last ratio holds, as all
-processors are at work by then; below the shortest and the fewest nothing is said.
+of the heads, straight lines in logarithms; lengths that are multiples of ROUND have lines of their own, because many
+kernels are faster there. Beyond the longest length and the most heads the last ratio holds, as all processors are at
+work by then; below the shortest and the fewest nothing is said.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 SCHEMA = 2
 SDPA = "sdpa"
+ROUND = 32
 
 Family = tuple[str, int, bool]
 """(dtype, head_dim, is_causal)"""
@@ -80,22 +82,30 @@ class Profile:
         return cls(stored["device"], stored["date"], points, source)
 
     @cached_property
-    def _lines(self) -> dict[tuple[Family, str], dict[int, Line]]:
-        """For each family and alternative the lines by their heads, fewest first."""
-        found: dict[tuple[Family, str], dict[int, list[Point]]] = {}
+    def _lines(self) -> dict[tuple[Family, str, bool], dict[int, Line]]:
+        """For each family, alternative, and whether lengths are round, the lines by their heads, fewest first."""
+        found: dict[tuple[Family, str, bool], dict[int, list[Point]]] = {}
         for point in sorted(self.points, key=lambda point: (point.heads, point.length)):
             for name in point.us.keys() - {SDPA}:
-                family = (point.dtype, point.head_dim, point.is_causal)
-                found.setdefault((family, name), {}).setdefault(point.heads, []).append(point)
+                key = (point.dtype, point.head_dim, point.is_causal), name, point.length % ROUND == 0
+                found.setdefault(key, {}).setdefault(point.heads, []).append(point)
         return {key: {heads: _line(on, key[1]) for heads, on in lines.items()} for key, lines in found.items()}
+
+    def _of(self, family: Family, alternative: str, is_round: bool) -> dict[int, Line]:
+        """The lines of round lengths, or of others; where only the other kind was measured, that."""
+        kinds = ((family, alternative, kind) for kind in (is_round, not is_round))
+        return next((self._lines[kind] for kind in kinds if kind in self._lines), {})
 
     def fewest_heads(self, family: Family, alternative: str) -> int | None:
         """That something is known of; None if nothing is."""
-        return min(self._lines.get((family, alternative), {}), default=None)
+        return min(self._of(family, alternative, True), default=None)
 
     def times(self, family: Family, alternative: str, heads: int, length: float) -> tuple[float, float] | None:
         """Microseconds of SDPA and of the alternative, or None outside of what was measured."""
-        lines = self._lines.get((family, alternative), {})
+        return self._times(self._of(family, alternative, length % ROUND == 0), heads, length)
+
+    @staticmethod
+    def _times(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:
         below = max((known for known in lines if known <= heads), default=None)
         above = min((known for known in lines if known > heads), default=None)
         low = lines[below].at(length) if below is not None else None
@@ -112,10 +122,13 @@ class Profile:
 
     def crossing(self, family: Family, alternative: str, heads: int, wanted: float) -> int | None:
         """The length from which on the alternative is `wanted` times faster at all known lengths; None if never."""
-        lines = self._lines.get((family, alternative), {})
+        kinds = [self._crossing(self._of(family, alternative, is_round), heads, wanted) for is_round in (True, False)]
+        return None if None in kinds else max(kinds)  # type: ignore[type-var]
+
+    def _crossing(self, lines: Mapping[int, Line], heads: int, wanted: float) -> int | None:
         lengths = sorted({length for line in lines.values() for length in line.lengths})
-        speedups = [(length, self._speedup(family, alternative, heads, length)) for length in lengths]
-        known = [(length, speedup) for length, speedup in speedups if speedup is not None]
+        times = [(length, self._times(lines, heads, length)) for length in lengths]
+        known = [(length, found[0] / found[1]) for length, found in times if found is not None]
         losses = [i for i, (_, speedup) in enumerate(known) if speedup < wanted]
         if not known or losses[-1:] == [len(known) - 1]:
             return None
@@ -124,10 +137,6 @@ class Profile:
         (low, losing), (high, winning) = known[losses[-1]], known[losses[-1] + 1]
         weight = math.log(wanted / losing) / math.log(winning / losing)
         return math.ceil(low * (high / low) ** weight)
-
-    def _speedup(self, family: Family, alternative: str, heads: int, length: float) -> float | None:
-        times = self.times(family, alternative, heads, length)
-        return times[0] / times[1] if times else None
 
 
 def _line(points: Sequence[Point], alternative: str) -> Line:

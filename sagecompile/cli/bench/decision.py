@@ -98,6 +98,7 @@ def judge(site: AttentionSite, decide: Any) -> dict[str, Any]:
     times = {name if name == "sdpa" else " ".join(name): us for name, us in race(site, able, launcher, 0.2).items()}
     chosen = f"{decision.format} {decision.provider}" if isinstance(decision, Use) else "sdpa"
     best = min(times, key=times.__getitem__)
+    other = min((us for name, us in times.items() if name != "sdpa"), default=times["sdpa"])
     predicted = decision.prediction.speedup if isinstance(decision, Use) and decision.prediction else None
     return {
         "shape": site.shape,
@@ -107,7 +108,7 @@ def judge(site: AttentionSite, decide: Any) -> dict[str, Any]:
         "chosen": chosen,
         "best": best,
         "regret": times[chosen] / times[best] - 1,
-        "clear": max(times["sdpa"], times[best]) / min(times["sdpa"], times[best]) > 1 + CLOSE,
+        "clear": max(times["sdpa"], other) / min(times["sdpa"], other) > 1 + CLOSE,
         "predicted": predicted,
         "measured": times["sdpa"] / times[chosen] if predicted else None,
         "reason": decision.reason,

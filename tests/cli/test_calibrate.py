@@ -1,0 +1,117 @@
+"""`sagecompile calibrate` and `bench decision` on small grids of this CPU; a kernel without a compiler stands in."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from sagecompile import cost
+from sagecompile.cli import calibrate, main
+from sagecompile.cli.bench import decision
+from sagecompile.cost import store
+from sagecompile.cost.profile import Profile
+from sagecompile.decide import Keep, Use
+from sagecompile.kernels import available
+from sagecompile.site import AttentionSite
+
+GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), flops=4 * 4 * 32 * 32 * 32)
+FAST = "qk_int8_pv_fp16 cpu"
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch, tmp_path):
+    """Of the provider `cpu`: wrong but fast, and counted. An empty cache folder, a small grid."""
+    ran = []
+
+    def attention(q, k, v, out, **how):
+        ran.append(q.shape)
+        out.copy_(v)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "_known", {})
+    monkeypatch.setattr(available, "refusal", lambda *_, **__: None)
+    monkeypatch.setattr("sagecompile.kernels.launcher", lambda provider: attention)
+    monkeypatch.setattr(calibrate, "GRIDS", {"cpu": GRID})
+    cost.profiles.cache_clear()
+    yield ran
+    cost.profiles.cache_clear()
+
+
+def own_profile():
+    (file,) = cost.own_profiles().glob("*.json")
+    return Profile.read(json.loads(file.read_text()))
+
+
+class TestCalibrate:
+    def test_writes_every_shape_that_is_not_too_large(self, capsys):
+        assert main(["calibrate", "--device", "cpu"]) == 0
+        points = own_profile().points
+        expected = {(h, n, causal) for h in (1, 4) for n in (16, 32, 64) for causal in (False, True)}
+        expected -= {(4, 64, False), (4, 64, True)}
+        assert {(point.heads, point.length, point.is_causal) for point in points} == expected
+        assert all(point.us.keys() == {"sdpa", FAST} and min(point.us.values()) > 0 for point in points)
+        assert "policy=auto uses them from now on" in capsys.readouterr().err
+
+    def test_what_it_wrote_is_what_auto_goes_by(self):
+        assert main(["calibrate", "--device", "cpu"]) == 0
+        cost.profiles.cache_clear()
+        site = AttentionSite("", "", "sdpa", 2, 2, 2, 32, 32, 32, 32, "float32", "cpu")
+        found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu").name, 1.05)
+        (point,) = [p for p in own_profile().points if (p.heads, p.length, p.is_causal) == (4, 32, False)]
+        assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])
+
+    def test_goes_on_where_it_was_and_starts_again_if_asked(self, kernel, monkeypatch):
+        assert main(["calibrate", "--device", "cpu"]) == 0
+        first = len(kernel)
+        monkeypatch.setattr(store, "_known", {})  # a new process
+        assert main(["calibrate", "--device", "cpu"]) == 0 and len(kernel) == first
+        assert main(["calibrate", "--device", "cpu", "--again"]) == 0 and len(kernel) > first
+
+    def test_share_prints_the_profile(self, capsys):
+        assert main(["calibrate", "--device", "cpu", "--share"]) == 0
+        assert Profile.read(json.loads(capsys.readouterr().out)) == own_profile()
+
+    def test_a_folder_that_cannot_be_used_is_named(self, monkeypatch, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert main(["calibrate", "--device", "cpu"]) == 2
+        assert "--share prints the profile" in capsys.readouterr().err
+
+    def test_a_machine_without_kernels_is_told_where_to_look(self, monkeypatch, capsys):
+        monkeypatch.setattr(available, "refusal", lambda *_, **__: "no compiler")
+        assert main(["calibrate", "--device", "cpu"]) == 2
+        assert "`sagecompile doctor` says why" in capsys.readouterr().err
+
+
+class TestDecision:
+    SITE = AttentionSite("", "", "sdpa", 1, 2, 2, 64, 64, 32, 32, "float32", "cpu")
+
+    def test_shapes_are_drawn_again_with_the_same_seed(self):
+        first, second, other = (list(decision.draw("cpu", 30, seed)) for seed in (1, 1, 2))
+        assert first == second != other and len(first) == 30
+        assert len({site.q_len for site in first}) > 20
+
+    def test_a_wrong_choice_has_a_regret(self, monkeypatch):
+        def slow(q, k, v, out, **how):
+            time.sleep(0.01)
+
+        monkeypatch.setattr(decision, "launcher", lambda provider: slow)
+        row = decision.judge(self.SITE, lambda site: Use("qk_int8_pv_fp16", "cpu", cost.Prediction(3.0, "hoped")))
+        assert row["chosen"] == FAST and row["best"] == "sdpa" and row["regret"] > 1 and row["clear"]
+        assert row["predicted"] == 3.0 and row["measured"] < 0.5
+        assert decision.judge(self.SITE, lambda site: Keep("so"))["regret"] == 0
+
+    def test_the_summary_counts(self):
+        rows = [
+            {"regret": regret, "clear": clear, "predicted": predicted, "measured": 2.0 if predicted else None}
+            for regret, clear, predicted in ((0.0, True, 2.2), (0.02, False, None), (0.5, True, 4.0), (0.0, True, None))
+        ]
+        assert list(decision.summary(rows).values()) == [4, "1.0%", "50.0%", "50.0%", "2 of 3", "1 of 2"]
+
+    def test_the_command(self, capsys, tmp_path):
+        assert main(["bench", "decision", "--device", "cpu", "--shapes", "2", "--json", str(tmp_path / "d.json")]) == 0
+        found = json.loads((tmp_path / "d.json").read_text())
+        assert len(found["rows"]) == 2 and found["summary"]["shapes"] == 2
+        assert "regret, median" in capsys.readouterr().out
