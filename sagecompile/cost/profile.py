@@ -122,8 +122,9 @@ class Profile:
 
     def crossing(self, family: Family, alternative: str, heads: int, wanted: float) -> int | None:
         """The length from which on the alternative is `wanted` times faster at all known lengths; None if never."""
-        kinds = [self._crossing(self._of(family, alternative, is_round), heads, wanted) for is_round in (True, False)]
-        return None if None in kinds else max(kinds)  # type: ignore[type-var]
+        found = [self._crossing(self._of(family, alternative, is_round), heads, wanted) for is_round in (True, False)]
+        known = [length for length in found if length is not None]
+        return max(known) if len(known) == len(found) else None
 
     def _crossing(self, lines: Mapping[int, Line], heads: int, wanted: float) -> int | None:
         lengths = sorted({length for line in lines.values() for length in line.lengths})

@@ -212,8 +212,10 @@ def attend(
     if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
         raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
-        how = {"scale": scale, "is_causal": is_causal, "format": format}
-        _attend(q, k, v, quantized, out, _NOTHING, _NOTHING, **how, overlap=False)
+        _attend(
+            q, k, v, quantized, out, _NOTHING, _NOTHING,
+            scale=scale, is_causal=is_causal, format=format, overlap=False,
+        )  # fmt: skip
 
 
 def _attend(
