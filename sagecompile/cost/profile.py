@@ -137,7 +137,7 @@ class Profile:
             return known[0][0]
         (low, losing), (high, winning) = known[losses[-1]], known[losses[-1] + 1]
         weight = math.log(wanted / losing) / math.log(winning / losing)
-        return math.ceil(low * (high / low) ** weight)
+        return math.ceil(low * math.exp(weight * math.log(high / low)))
 
 
 def _line(points: Sequence[Point], alternative: str) -> Line:
