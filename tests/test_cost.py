@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from sagecompile import cost
-from sagecompile.cost.profile import SCHEMA, SDPA, Point, Profile, to_json
+from sagecompile.cost.profile import SCHEMA, SDPA, Point, Profile, crossing_of, to_json
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite
@@ -76,14 +76,22 @@ class TestCrossing:
         ("heads", "wanted", "length"), [(16, 1.0, 1025), (16, 2**0.5, 1449), (16, 0.4, 512), (64, 2.0, 1024)]
     )
     def test_is_where_it_wins_from_then_on(self, heads, wanted, length):
-        assert RISING.crossing(FAMILY, FAST, heads, wanted) == pytest.approx(length, abs=1)
+        (curve,) = RISING.speedups(FAMILY, FAST, heads)
+        assert crossing_of(curve, wanted) == pytest.approx(length, abs=1)
 
     def test_a_win_between_losses_is_not_trusted(self):
-        found = profile((16, 512, 3, 1), (16, 1024, 1, 2), (16, 2048, 2, 1))
-        assert 1024 < found.crossing(FAMILY, FAST, 16, 1.05) < 2048
+        assert 1024 < crossing_of([(512, 3.0), (1024, 0.5), (2048, 2.0)], 1.05) < 2048
 
     def test_there_is_none_where_it_loses_at_the_longest(self):
-        assert profile((16, 512, 2, 1), (16, 1024, 1, 1)).crossing(FAMILY, FAST, 16, 1.05) is None
+        assert crossing_of([(512, 2.0), (1024, 1.0)], 1.05) is None
+
+
+def test_lengths_that_are_not_round_have_lines_of_their_own():
+    found = profile((16, 64, 100, 50), (16, 90, 300, 100), (16, 128, 200, 100), (16, 181, 600, 200))
+    assert found.times(FAMILY, FAST, 16, 96) == pytest.approx((150, 75), rel=0.02)
+    assert found.times(FAMILY, FAST, 16, 128 + 1) == pytest.approx((430, 143), rel=0.02)
+    curves = found.speedups(FAMILY, FAST, 16)
+    assert [curve[-1] for curve in curves] == [(128, pytest.approx(2)), (181, pytest.approx(3))]
 
 
 @pytest.fixture
@@ -123,7 +131,16 @@ class TestPredict:
     def test_a_kernel_that_never_wins_compares_no_length(self):
         length = Symbolic(4096)
         found = predict(replace(SITE, q_len=length, kv_len=length), 10.0)
-        assert found.speedup == 0 and found.basis == "at no length, GPU, 2026-01-01" and length.compared == 0
+        assert found.speedup == pytest.approx(4) and length.compared == 0
+        assert found.basis == "at the most tokens measured, GPU, 2026-01-01"
+
+    def test_one_that_wins_only_at_short_lengths_is_not_used(self, monkeypatch):
+        falling = profile((16, 512, 2, 1), (16, 1024, 1, 1))
+        monkeypatch.setattr(cost, "profiles", lambda: {"GPU": falling})
+        assert predict(replace(SITE, q_len=Symbolic(600), kv_len=Symbolic(600))).speedup < 1.05
+
+    def test_a_symbolic_length_below_all_that_was_measured_is_not_predicted(self):
+        assert predict(replace(SITE, q_len=Symbolic(100)), 0.1) is None
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc"])

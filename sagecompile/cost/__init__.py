@@ -19,7 +19,7 @@ from typing import Protocol
 from sagecompile.site import AttentionSite
 
 from . import store
-from .profile import Profile
+from .profile import Profile, crossing_of
 
 logger = logging.getLogger("sagecompile")
 
@@ -91,12 +91,17 @@ def predict(site: AttentionSite, format: str, provider: str, device: str, wanted
         if times is None:
             return None
         return Prediction(times[0] / times[1], f"{_shown(times[1])} against {_shown(times[0])}, {when}")
-    crossing = profile.crossing(family, alternative, heads, wanted)
-    if crossing is None:
-        return Prediction(0.0, f"at no length, {when}")
+    curves = profile.speedups(family, alternative, heads)
+    crossings = [crossing_of(curve, wanted) for curve in curves]
+    if not curves:
+        return None
+    if None in crossings:
+        return Prediction(min(curve[-1][1] for curve in curves), f"at the most tokens measured, {when}")
+    crossing = max(length for length in crossings if length is not None)
     if site.q_len >= crossing and site.kv_len >= crossing:
         return Prediction(wanted, f"from {crossing} tokens on, {when}")
-    return Prediction(0.0, f"below {crossing} tokens, {when}")
+    shorter = [speedup for curve in curves for length, speedup in curve if length < crossing]
+    return Prediction(min(shorter), f"below {crossing} tokens, {when}") if shorter else None
 
 
 def _shown(us: float) -> str:

@@ -19,6 +19,8 @@ SCHEMA = 2
 SDPA = "sdpa"
 ROUND = 32
 
+Curve = list[tuple[int, float]]
+"""(length, speed-up over SDPA), by rising length."""
 Family = tuple[str, int, bool]
 """(dtype, head_dim, is_causal)"""
 
@@ -120,24 +122,28 @@ class Profile:
             math.exp((1 - weight) * a + weight * b) for a, b in zip(low, high, strict=True)
         )
 
-    def crossing(self, family: Family, alternative: str, heads: int, wanted: float) -> int | None:
-        """The length from which on the alternative is `wanted` times faster at all known lengths; None if never."""
-        found = [self._crossing(self._of(family, alternative, is_round), heads, wanted) for is_round in (True, False)]
-        known = [length for length in found if length is not None]
-        return max(known) if len(known) == len(found) else None
+    def speedups(self, family: Family, alternative: str, heads: int) -> list[Curve]:
+        """Over SDPA at the measured lengths: a curve of the round ones and one of the others, each if it is known."""
+        kinds = [(family, alternative, is_round) for is_round in (True, False)]
+        curves = [self._curve(self._lines[kind], heads) for kind in kinds if kind in self._lines]
+        return [curve for curve in curves if curve]
 
-    def _crossing(self, lines: Mapping[int, Line], heads: int, wanted: float) -> int | None:
+    def _curve(self, lines: Mapping[int, Line], heads: int) -> Curve:
         lengths = sorted({length for line in lines.values() for length in line.lengths})
         times = [(length, self._times(lines, heads, length)) for length in lengths]
-        known = [(length, found[0] / found[1]) for length, found in times if found is not None]
-        losses = [i for i, (_, speedup) in enumerate(known) if speedup < wanted]
-        if not known or losses[-1:] == [len(known) - 1]:
-            return None
-        if not losses:
-            return known[0][0]
-        (low, losing), (high, winning) = known[losses[-1]], known[losses[-1] + 1]
-        weight = math.log(wanted / losing) / math.log(winning / losing)
-        return math.ceil(low * math.exp(weight * math.log(high / low)))
+        return [(length, found[0] / found[1]) for length, found in times if found is not None]
+
+
+def crossing_of(curve: Curve, wanted: float) -> int | None:
+    """The length from which on the speed-up is `wanted` at all lengths of a curve; None if it is not at the longest."""
+    losses = [i for i, (_, speedup) in enumerate(curve) if speedup < wanted]
+    if losses[-1:] == [len(curve) - 1]:
+        return None
+    if not losses:
+        return curve[0][0]
+    (low, losing), (high, winning) = curve[losses[-1]], curve[losses[-1] + 1]
+    weight = math.log(wanted / losing) / math.log(winning / losing)
+    return math.ceil(low * math.exp(weight * math.log(high / low)))
 
 
 def _line(points: Sequence[Point], alternative: str) -> Line:
