@@ -95,7 +95,7 @@ class TestDecision:
 
     def test_a_wrong_choice_has_a_regret(self, monkeypatch):
         def slow(q, k, v, out, **how):
-            time.sleep(0.01)
+            time.sleep(0.2)
 
         monkeypatch.setattr(decision, "launcher", lambda provider: slow)
         row = decision.judge(self.SITE, lambda site: Use("qk_int8_pv_fp16", "cpu", cost.Prediction(3.0, "hoped")))
