@@ -212,7 +212,7 @@ def test_mixed_dtypes_without_autocast_are_refused_as_without_us() -> None:
 def test_a_kept_model_is_inductors_to_the_bit(policy: str) -> None:
     block, x = Block(), torch.randn(2, 24, 64)
     with torch.no_grad():
-        actual, done = compiled(block, x, policy=policy)
+        actual, done = compiled(block, x, policy=policy, options={"sage.min_speedup": 1000})  # so that auto keeps it
         torch._dynamo.reset()
         expected = torch.compile(block, backend="inductor")(x)
     assert len(done.kept) == 1
