@@ -50,6 +50,12 @@ class AttentionSite:
         return self.device.partition(":")[0]
 
     @property
+    def flops(self) -> float:
+        """Of the two matmuls, of sizes that are numbers; a causal one needs half."""
+        full: float = 4.0 * self.batch * self.heads * self.q_len * self.kv_len * self.head_dim
+        return full / 2 if self.is_causal else full
+
+    @property
     def shape(self) -> str:
         """`2x16x1024x64`, with `16/4` for 16 query heads on 4 KV heads and `512-1024` for unequal lengths."""
         heads = f"{self.heads}" if _same(self.heads, self.kv_heads) else f"{self.heads}/{self.kv_heads}"

@@ -88,17 +88,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measure(device: str, again: bool) -> Iterator[Any]:
     """Every point of the device's grid, with progress on stderr."""
+    import torch
+
     from sagecompile.backend import measurements
     from sagecompile.cost import store
-    from sagecompile.cost.local import flops, race
+    from sagecompile.cost.local import race
     from sagecompile.cost.profile import Point
-    from sagecompile.formats import PROVIDERS
     from sagecompile.kernels import available, launcher
+
+    from .bench.shapes import Shape
 
     grid = GRIDS[device.partition(":")[0]]
     local = measurements(device, cuda_graphs=False)
-    shapes = list(product(grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths))
-    sites = [site for site in (_site(device, *shape) for shape in shapes) if flops(site) <= grid.flops]
+    facts = product(grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths)
+    shapes = (Shape(*family, length, batch=1, heads=heads) for *family, heads, length in facts)
+    sites = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
     for done, site in enumerate(sites):
         if done % 10 == 0:
             print(
@@ -107,34 +111,20 @@ def _measure(device: str, again: bool) -> Iterator[Any]:
         key = {"calibration": True} | local.key(site)
         found = None if again else store.recall(key)
         if found is None:
-            able = [
-                (format, provider.name)
-                for provider in PROVIDERS.values()
-                if provider.may_win and site.device_type in provider.devices
-                for format in provider.formats
-                if available.refusal(site, format, provider.name, cuda_graphs=False) is None
-            ]
-            times = race(site, able, launcher, BUDGET_S) if able else {}
-            found = {name if name == "sdpa" else " ".join(name): us for name, us in times.items()}
+            able = available.runners(site)
+            found = dict(race(site, able, launcher, BUDGET_S)) if able else {}
             store.remember(key, found)
         if len(found) > 1:
             yield Point(site.dtype, site.head_dim, site.is_causal, site.heads, site.q_len, found)
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
 
 
-def _site(device: str, dtype: str, head_dim: int, is_causal: bool, heads: int, length: int) -> Any:
-    from sagecompile.site import AttentionSite
-
-    sizes = (1, heads, heads, length, length, head_dim, head_dim)
-    return AttentionSite("calibrate", "", "sdpa", *sizes, dtype, device, is_causal=is_causal)
-
-
 def render(profile: dict[str, Any]) -> str:
     """JSON with one shape a line, so that a new measurement can be read as a diff."""
     head = json.dumps({key: value for key, value in profile.items() if key != "points"}, indent=1)
-    groups = []
+    groups, next_group = [], ",\n  "
     for group in profile["points"]:
         facts = json.dumps({key: value for key, value in group.items() if key != "heads_length_us"})
         rows = ",\n   ".join(json.dumps(row) for row in group["heads_length_us"])
         groups.append(f'{facts[:-1]}, "heads_length_us": [\n   {rows}\n  ]}}')
-    return f'{head[:-2]},\n "points": [\n  {("," + chr(10) + "  ").join(groups)}\n ]\n}}\n'
+    return f'{head[:-2]},\n "points": [\n  {next_group.join(groups)}\n ]\n}}\n'

@@ -92,9 +92,9 @@ def predict(site: AttentionSite, format: str, provider: str, device: str, wanted
             return None
         return Prediction(times[0] / times[1], f"{_shown(times[1])} against {_shown(times[0])}, {when}")
     curves = profile.speedups(family, alternative, heads)
-    crossings = [crossing_of(curve, wanted) for curve in curves]
     if not curves:
         return None
+    crossings = [crossing_of(curve, wanted) for curve in curves]
     if None in crossings:
         return Prediction(min(curve[-1][1] for curve in curves), f"at the most tokens measured, {when}")
     crossing = max(length for length in crossings if length is not None)

@@ -62,7 +62,7 @@ class Local:
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
         smaller = _shrink(site)
-        if flops(smaller) > LONGEST * FLOPS[site.device_type]:
+        if smaller.flops > LONGEST * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
         if _bytes(smaller, len(alternatives)) > MEMORY:
             return f"{_bytes(smaller, len(alternatives)) >> 20} MiB are too many to measure while compiling"
@@ -71,9 +71,7 @@ class Local:
                 times = race(smaller, alternatives, self.launcher)
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
             return f"measuring failed: {type(failure).__name__}: {failure}"
-        speedups = {
-            f"{format} {provider}": times["sdpa"] / times[format, provider] for format, provider in alternatives
-        }
+        speedups = {name: times["sdpa"] / us for name, us in times.items() if name != "sdpa"}
         before = store.recall(self.key(site)) or {"speedups": {}}
         found = {"shape": smaller.shape, "date": _today(), "speedups": before["speedups"] | speedups}
         store.remember(self.key(site), found)
@@ -87,8 +85,8 @@ class Local:
 
 def race(
     site: AttentionSite, alternatives: Sequence[Alternative], launcher: Launcher, budget_s: float = BUDGET_S
-) -> dict[Any, float]:
-    """Median microseconds of SDPA and of each alternative, in turn, as `sdpa` and (format, provider)."""
+) -> dict[str, float]:
+    """Median microseconds of SDPA and of each alternative, in turn, as `sdpa` and `format provider`."""
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
     scale = site.scale if site.scale is not None else site.head_dim**-0.5
@@ -108,8 +106,8 @@ def race(
         launch, out = launcher(provider), torch.empty_like(q)
         return lambda: launch(q, k, v, out, scale=scale, is_causal=site.is_causal, format=format)
 
-    calls: dict[Any, Callable[[], object]] = {"sdpa": sdpa}
-    calls |= {alternative: attention(*alternative) for alternative in alternatives}
+    calls: dict[str, Callable[[], object]] = {"sdpa": sdpa}
+    calls |= {" ".join(alternative): attention(*alternative) for alternative in alternatives}
     with torch.autocast(site.device_type, enabled=False):
         return interleaved_median_us(calls, site.device_type, budget_s, least_runs=3, warm_ups=1)
 
@@ -117,11 +115,6 @@ def race(
 def _has_fixed_sizes(site: AttentionSite) -> bool:
     sizes = (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len, site.head_dim)
     return all(isinstance(size, int) for size in sizes)
-
-
-def flops(site: AttentionSite) -> float:
-    full: float = 4.0 * site.batch * site.heads * site.q_len * site.kv_len * site.head_dim
-    return full / 2 if site.is_causal else full
 
 
 def _bytes(site: AttentionSite, alternatives: int) -> int:
@@ -135,7 +128,7 @@ def _shrink(site: AttentionSite) -> AttentionSite:
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
     least = -(-LEAST_HEADS[site.device_type] // group)
-    groups = min(all_groups, max(least, int(all_groups * FLOPS[site.device_type] / flops(site))))
+    groups = min(all_groups, max(least, int(all_groups * FLOPS[site.device_type] / site.flops)))
     kv_heads = min(groups, site.kv_heads)
     return replace(site, batch=max(1, groups // kv_heads), kv_heads=kv_heads, heads=kv_heads * group)
 

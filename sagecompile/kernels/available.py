@@ -87,6 +87,17 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
 
 
+def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]:
+    """Every (format, provider) that can run this site outside of CUDA graphs; `slow`: also what cannot win."""
+    return [
+        (format, provider.name)
+        for provider in PROVIDERS.values()
+        if site.device_type in provider.devices and (slow or provider.may_win)
+        for format in provider.formats
+        if refusal(site, format, provider.name, cuda_graphs=False) is None
+    ]
+
+
 def prologue_refusal(site: AttentionSite, format: str, provider: str, q: Kind, k: Kind) -> str | None:
     """Why a provider that runs this site cannot do these prologues of its q and k as well, or None if it can."""
     if provider == "reference":

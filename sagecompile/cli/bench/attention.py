@@ -81,13 +81,7 @@ def enter(shape: Shape, qkv: QKV, kernel_only: bool, reference: bool, with_flash
     """Everyone who can run this shape; the plain-torch reference only where it is asked for."""
     q, k, v = qkv
     site = shape.site(q.device)
-    runners = [
-        (format, provider.name)
-        for provider in PROVIDERS.values()
-        if q.device.type in provider.devices and (reference or provider.name != "reference")
-        for format in provider.formats
-        if available.refusal(site, format, provider.name, cuda_graphs=False) is None
-    ]
+    runners = available.runners(site, slow=reference)
     apart: dict[str, Apart] = {}
     if kernel_only:
         apart = take_apart(q, k, v, shape.is_causal, runners)

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from sagecompile import backend
-from sagecompile.cost.local import flops, race
+from sagecompile.cost.local import race
 from sagecompile.decide import Use
-from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.kernels import available, launcher
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite
 
 from .measure import or_left_out
 from .session import device_of, require, results
+from .shapes import Shape
 
 CLOSE = 0.03
 """Two times that differ by less are taken for equal: either choice is right."""
@@ -77,25 +77,17 @@ def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
         length = round(low * (high / low) ** numbers.random())
         head_dim, heads = numbers.choice(drawn.head_dims), numbers.choice(drawn.heads)
         batch = round(drawn.batches[0] * (drawn.batches[1] / drawn.batches[0]) ** numbers.random())
-        sizes = (batch, heads, heads, length, length, head_dim, head_dim)
         dtype, is_causal = numbers.choice(drawn.dtypes), numbers.random() < 0.5
-        site = AttentionSite("decision", "", "sdpa", *sizes, dtype, device, is_causal=is_causal)
-        if flops(site) <= drawn.flops:
-            yield site
+        shape = Shape(dtype, head_dim, is_causal, length, batch, heads)
+        if shape.flops <= drawn.flops:
+            yield shape.site(torch.device(device))
             count -= 1
 
 
 def judge(site: AttentionSite, decide: Any) -> dict[str, Any]:
     """One site: decided first, measured then."""
     decision = decide(site)
-    able = [
-        (format, provider.name)
-        for provider in PROVIDERS.values()
-        if provider.may_win and site.device_type in provider.devices
-        for format in FORMATS
-        if format in provider.formats and available.refusal(site, format, provider.name, cuda_graphs=False) is None
-    ]
-    times = {name if name == "sdpa" else " ".join(name): us for name, us in race(site, able, launcher, 0.2).items()}
+    times = race(site, available.runners(site), launcher, 0.2)
     chosen = f"{decision.format} {decision.provider}" if isinstance(decision, Use) else "sdpa"
     best = min(times, key=times.__getitem__)
     other = min((us for name, us in times.items() if name != "sdpa"), default=times["sdpa"])

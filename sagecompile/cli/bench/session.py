@@ -38,7 +38,7 @@ def captures_graphs(arguments: argparse.Namespace, device: torch.device) -> bool
     """--graph, the default where CUDA graphs are possible, or --eager."""
     if arguments.graph and device.type != "cuda":
         raise SageCompileError(f"--graph: CUDA graphs need a CUDA device, this is {device.type}; leave it out")
-    return device.type == "cuda" and (True if arguments.graph is None else arguments.graph)
+    return device.type == "cuda" and arguments.graph is not False
 
 
 @contextmanager
