@@ -22,7 +22,8 @@ from sagecompile import report, settings
 from sagecompile.cost.local import Local
 from sagecompile.decide import Decision, decide
 from sagecompile.dump import dump
-from sagecompile.kernels import available, launcher
+from sagecompile.kernels import available
+from sagecompile.ops import attention
 from sagecompile.report import Report
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite
@@ -81,7 +82,7 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 
     def decision(site: AttentionSite) -> Decision:
         local = measurements(site.device, cuda_graphs) if ours.measure else None
-        return decide(site, available.device(site.device), ours, can_run, local)
+        return decide(site, available.device(site.device), ours, can_run, local, cuda_graphs)
 
     return decision
 
@@ -89,7 +90,7 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 @cache
 def measurements(device: str, cuda_graphs: bool) -> Local:
     """What this machine itself says of a device, for graphs that are captured in CUDA graphs or not."""
-    return Local(available.machine(device) | {"sources": _source_hash()}, launcher, cuda_graphs)
+    return Local(available.machine(device) | {"sources": _source_hash()}, attention, cuda_graphs)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:

@@ -6,7 +6,7 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .cost import Alternative, Measures, Prediction, predict
@@ -25,6 +25,10 @@ class Use:
     """What `auto` went by; None under `always`, which asks for no measurement."""
     fused: str = ""
     """What the kernel does besides attention, as the rewritten graph says: `QK-norm and RoPE`."""
+
+    @property
+    def alternative(self) -> Alternative:
+        return self.format, self.provider
 
     @property
     def reason(self) -> str:
@@ -53,20 +57,25 @@ CanRun = Callable[[AttentionSite, str, str], str | None]
 
 
 def decide(
-    site: AttentionSite, device: Device, settings: Settings, can_run: CanRun, local: Measures | None = None
+    site: AttentionSite,
+    device: Device,
+    settings: Settings,
+    can_run: CanRun,
+    local: Measures | None = None,
+    cuda_graphs: bool = False,
 ) -> Decision:
     """Use or Keep for one site. Comparing a symbolic size here adds a Dynamo guard, which is what makes it hold.
 
-    `auto` goes by what was measured on this machine (`local`), then by the device's profile, then by a measurement now.
+    `auto` goes by what was measured on this machine (`local`), then by the device's profile where that is sure, then by
+    a measurement now. `cuda_graphs`: whether launches cost nothing. A symbolic length is compared once at most: with
+    that of the fastest candidate.
     """
     if settings.policy == "never":
         return Keep("policy=never: set sage.policy to auto or always")
     for refusal in _site_limits(site):
         return Keep(refusal)
     refusals: list[str] = []
-    slow: list[str] = []
     candidates: list[Use] = []
-    why_not = ""
     auto = settings.policy == "auto"
     known = local.recall(site) if auto and local else {}
     for name in settings.formats:
@@ -76,20 +85,20 @@ def decide(
             continue
         for provider in PROVIDERS.values():
             if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
-                wanted = (site, name, provider.name, device.name, settings.min_speedup)
+                wanted = (site, name, provider.name, device.name, settings.min_speedup, cuda_graphs)
                 prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
                 candidates.append(Use(name, provider.name, prediction))
-    if auto:
-        if local:
-            candidates, why_not, cannot = _measured_now(candidates, site, can_run, local)
-            refusals += cannot
-        candidates, slow = _predicted_wins(candidates, device, settings, why_not)
-    for use in sorted(candidates, key=_by_prediction):
-        refused = can_run(site, use.format, use.provider)
+    while candidates:
+        chosen = _faster(candidates, site, device, settings, can_run, local) if auto else candidates[0]
+        if isinstance(chosen, Keep):
+            refusals.append(chosen.reason)
+            break
+        refused = can_run(site, chosen.format, chosen.provider)
         if refused is None:
-            return use
+            return _if_long_enough(chosen, site)
         refusals.append(refused)
-    return Keep("; ".join(dict.fromkeys(refusals + slow)) or f"device {device.type}: no provider runs on it")
+        candidates = [use for use in candidates if use.alternative != chosen.alternative]
+    return Keep("; ".join(dict.fromkeys(refusals)) or f"device {device.type}: no provider runs on it")
 
 
 def _is_for(provider: Provider, device: Device) -> bool:
@@ -97,48 +106,54 @@ def _is_for(provider: Provider, device: Device) -> bool:
     return device.type in provider.devices and provider.compute_capability in (None, device.compute_capability)
 
 
-def _by_prediction(use: Use) -> float:
-    """The largest predicted speed-up first; equal ones, and what is not predicted, keep the tables' order."""
-    return -use.prediction.speedup if use.prediction else 0.0
+def _if_long_enough(use: Use, site: AttentionSite) -> Decision:
+    """The one comparison of lengths that are symbols."""
+    least = use.prediction.at_least if use.prediction else 0
+    if least == 0 or (site.q_len >= least and site.kv_len >= least):
+        return use
+    return Keep(f"fewer than {least} tokens: {use.format} by {use.provider} wins from there on")
 
 
-def _measured_now(
-    candidates: list[Use], site: AttentionSite, can_run: CanRun, local: Measures
-) -> tuple[list[Use], str, list[str]]:
-    """The candidates that can run, with a measurement where nothing was known; why there is none; why some cannot."""
-    unknown = [use for use in candidates if use.prediction is None]
-    refused = {use: can_run(site, use.format, use.provider) for use in unknown}
-    wanted: list[Alternative] = [(use.format, use.provider) for use in unknown if refused[use] is None]
-    found = local.measure(site, wanted) if wanted else {}
+def _faster(
+    candidates: list[Use],
+    site: AttentionSite,
+    device: Device,
+    settings: Settings,
+    can_run: CanRun,
+    local: Measures | None,
+) -> Decision:
+    """The candidate with the largest speed-up of at least `min_speedup`, the first of equal ones; Keep if none has it.
+
+    Of what another candidate beats only a prediction is looked at. With `local`, what is not sure is measured first.
+    """
+    contenders = [use for use in candidates if use.prediction or not any(_beats(other, use) for other in candidates)]
+    found: Mapping[Alternative, Prediction] | str = {}
+    if local:
+        unsure = [use for use in contenders if use.prediction is None or not use.prediction.sure]
+        for use in unsure:
+            if can_run(site, use.format, use.provider) is not None:
+                return use  # which says why not
+        found = local.measure(site, [use.alternative for use in unsure]) if unsure else {}
     why_not, found = (found, {}) if isinstance(found, str) else ("", found)
-    able = [
-        replace(use, prediction=use.prediction or found.get((use.format, use.provider)))
-        for use in candidates
-        if refused.get(use) is None
+    predicted = [replace(use, prediction=found.get(use.alternative, use.prediction)) for use in contenders]
+    wins = [use for use in predicted if use.prediction and use.prediction.speedup >= settings.min_speedup]
+    if wins:
+        return max(wins, key=lambda use: use.prediction.speedup if use.prediction else 0.0)
+    slow = [
+        f"predicted below {settings.min_speedup:.2f}x: {use.prediction.speedup:.2f}x for {use.format} by "
+        f"{use.provider} ({use.prediction.basis})"
+        for use in predicted
+        if use.prediction
     ]
-    return able, why_not, [reason for reason in refused.values() if reason is not None]
-
-
-def _predicted_wins(
-    candidates: list[Use], device: Device, settings: Settings, why_not_measured: str
-) -> tuple[list[Use], list[str]]:
-    """The candidates predicted to win, and one reason for each kind of the others."""
-    wins, refusals, unmeasured = [], [], []
-    for use in candidates:
-        if use.prediction is None:
-            unmeasured.append(f"{use.format} by {use.provider}")
-        elif use.prediction.speedup < settings.min_speedup:
-            refusals.append(
-                f"predicted below {settings.min_speedup:.2f}x: {use.prediction.speedup:.2f}x for {use.format} by "
-                f"{use.provider} ({use.prediction.basis})"
-            )
-        else:
-            wins.append(use)
+    unmeasured = ", ".join(f"{use.format} by {use.provider}" for use in predicted if use.prediction is None)
     if unmeasured:
-        why = f" ({why_not_measured})" if why_not_measured else ""
-        names = ", ".join(unmeasured)
-        refusals.append(f"not measured at this shape on {device.name}{why}: {names}; run `sagecompile calibrate`")
-    return wins, refusals
+        why = f" ({why_not})" if why_not else ""
+        slow.append(f"not measured at this shape on {device.name}{why}: {unmeasured}; run `sagecompile calibrate`")
+    return Keep("; ".join(slow))
+
+
+def _beats(use: Use, other: Use) -> bool:
+    return use.format == other.format and other.provider in PROVIDERS[use.provider].beats
 
 
 def _site_limits(site: AttentionSite) -> Iterator[str]:

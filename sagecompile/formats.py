@@ -42,6 +42,8 @@ class Provider:
     formats: tuple[str, ...]
     compute_capability: tuple[int, int] | None = None
     """The only one of CUDA devices that it runs on; None: all of its formats' own."""
+    beats: tuple[str, ...] = ()
+    """Providers that need not be tried where this one runs the format: never seen faster."""
     may_win: bool = True
     """False: right, but slower than SDPA: `auto` leaves it out."""
     prologues: bool = False
@@ -86,6 +88,7 @@ PROVIDERS: dict[str, Provider] = {
             ("cuda",),
             tuple(FORMATS),
             (9, 0),
+            beats=("triton", "sageattention"),
             prologues=True,
         ),
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "kernels": {"errors", "formats", "site"},
     "ops": {"errors", "formats", "kernels"},
     "passes": {"decide", "formats", "kernels", "ops", "report", "site"},
-    "backend": {"cost", "decide", "dump", "kernels", "passes", "report", "settings", "site"},
+    "backend": {"cost", "ops", "decide", "dump", "kernels", "passes", "report", "settings", "site"},
     "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
 }
 """cli -> backend -> passes -> decide -> cost, formats, site; ops -> kernels. Never the other way."""

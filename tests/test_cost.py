@@ -45,26 +45,30 @@ RISING = profile(
 )  # fmt: skip
 
 
+def device_us(profile, heads, length):
+    return [time.device for time in profile.times(FAMILY, FAST, heads, length)]
+
+
 class TestTimes:
     @pytest.mark.parametrize(("length", "us"), [(1024, (100, 100)), (4096, (1600, 400))])
     def test_at_a_point_are_its_own(self, length, us):
-        assert RISING.times(FAMILY, FAST, 16, length) == pytest.approx(us)
+        assert device_us(RISING, 16, length) == pytest.approx(us)
 
     def test_between_lengths_are_powers(self):
-        assert RISING.times(FAMILY, FAST, 16, 1448.155) == pytest.approx((200, 141.42), rel=1e-3)
+        assert device_us(RISING, 16, 1448.155) == pytest.approx((200, 141.42), rel=1e-3)
 
     def test_between_heads_are_powers(self):
-        assert RISING.times(FAMILY, FAST, 32, 1024) == pytest.approx((200, 141.42), rel=1e-3)
+        assert device_us(RISING, 32, 1024) == pytest.approx((200, 141.42), rel=1e-3)
 
     def test_beyond_the_longest_keep_the_ratio(self):
-        assert RISING.times(FAMILY, FAST, 16, 8192) == pytest.approx((6400, 1600))
+        assert device_us(RISING, 16, 8192) == pytest.approx((6400, 1600))
 
     def test_beyond_the_most_heads_keep_the_ratio(self):
-        assert RISING.times(FAMILY, FAST, 128, 1024) == pytest.approx((800, 400))
+        assert device_us(RISING, 128, 1024) == pytest.approx((800, 400))
 
     def test_where_fewer_lengths_were_measured_with_more_heads_the_others_say_it(self):
         found = profile((16, 512, 50, 100), (16, 1024, 100, 100), (64, 1024, 400, 200))
-        assert found.times(FAMILY, FAST, 32, 512) == pytest.approx((100, 200))
+        assert device_us(found, 32, 512) == pytest.approx((100, 200))
 
     @pytest.mark.parametrize(("heads", "length"), [(16, 511), (15, 1024)])
     def test_below_what_was_measured_nothing_is_said(self, heads, length):
@@ -76,7 +80,7 @@ class TestCrossing:
         ("heads", "wanted", "length"), [(16, 1.0, 1025), (16, 2**0.5, 1449), (16, 0.4, 512), (64, 2.0, 1024)]
     )
     def test_is_where_it_wins_from_then_on(self, heads, wanted, length):
-        (curve,) = RISING.speedups(FAMILY, FAST, heads)
+        (curve,) = RISING.speedups(FAMILY, FAST, heads, False)
         assert crossing_of(curve, wanted) == pytest.approx(length, abs=1)
 
     def test_a_win_between_losses_is_not_trusted(self):
@@ -88,9 +92,9 @@ class TestCrossing:
 
 def test_lengths_that_are_not_round_have_lines_of_their_own():
     found = profile((16, 64, 100, 50), (16, 90, 300, 100), (16, 128, 200, 100), (16, 181, 600, 200))
-    assert found.times(FAMILY, FAST, 16, 96) == pytest.approx((150, 75), rel=0.02)
-    assert found.times(FAMILY, FAST, 16, 128 + 1) == pytest.approx((430, 143), rel=0.02)
-    curves = found.speedups(FAMILY, FAST, 16)
+    assert device_us(found, 16, 96) == pytest.approx((150, 75), rel=0.02)
+    assert device_us(found, 16, 128 + 1) == pytest.approx((430, 143), rel=0.02)
+    curves = found.speedups(FAMILY, FAST, 16, False)
     assert [curve[-1] for curve in curves] == [(128, pytest.approx(2)), (181, pytest.approx(3))]
 
 
@@ -121,26 +125,32 @@ class TestPredict:
     def test_of_another_device_nothing_is_known(self):
         assert cost.predict(SITE, "qk_int8_pv_fp8", "triton", "TPU", 1.05) is None
 
-    @pytest.mark.parametrize(("value", "wins"), [(4096, True), (700, False)])
-    def test_a_symbolic_length_is_compared_once(self, value, wins):
-        length = Symbolic(value)
-        found = predict(replace(SITE, q_len=length, kv_len=4096), 2**0.5)
-        assert (found.speedup >= 2**0.5) == wins and length.compared == 1
-        assert found.basis == f"{'from' if wins else 'below'} 1449 tokens{' on' * wins}, GPU, 2026-01-01"
+    def test_launches_count_outside_of_cuda_graphs(self, monkeypatch):
+        launched = replace(RISING, launch_us={SDPA: 20.0, FAST: 250.0})
+        monkeypatch.setattr(cost, "profiles", lambda: {"GPU": launched})
+        found = cost.predict(SITE, "qk_int8_pv_fp8", "triton", "GPU", 1.05, cuda_graphs=False)
+        assert found.speedup == pytest.approx(400 / 250) and found.basis.startswith("250 us against 400 us")
+        captured = cost.predict(SITE, "qk_int8_pv_fp8", "triton", "GPU", 1.05, cuda_graphs=True)
+        assert captured.speedup == pytest.approx(2)
 
-    def test_a_kernel_that_never_wins_compares_no_length(self):
-        length = Symbolic(4096)
-        found = predict(replace(SITE, q_len=length, kv_len=length), 10.0)
-        assert found.speedup == pytest.approx(4) and length.compared == 0
-        assert found.basis == "at the most tokens measured, GPU, 2026-01-01"
+    @pytest.mark.parametrize(("wanted", "sure"), [(1.05, True), (1.7, False), (2.0, False), (2.3, False), (2.6, True)])
+    def test_near_to_what_is_wanted_is_not_sure(self, wanted, sure):
+        assert predict(SITE, wanted).sure == sure
+
+    def test_of_a_symbolic_length_it_names_the_crossing_and_compares_nothing(self):
+        length = Symbolic(700)
+        found = predict(replace(SITE, q_len=length, kv_len=4096), 2**0.5)
+        assert found.speedup == pytest.approx(4) and found.at_least == 1449 and length.compared == 0
+        assert found.basis == "from 1449 tokens on, GPU, 2026-01-01"
+
+    def test_a_kernel_that_never_wins_has_no_crossing(self):
+        found = predict(replace(SITE, q_len=Symbolic(4096)), 10.0)
+        assert found.speedup == pytest.approx(4) and found.basis == "at the most tokens measured, GPU, 2026-01-01"
 
     def test_one_that_wins_only_at_short_lengths_is_not_used(self, monkeypatch):
         falling = profile((16, 512, 2, 1), (16, 1024, 1, 1))
         monkeypatch.setattr(cost, "profiles", lambda: {"GPU": falling})
         assert predict(replace(SITE, q_len=Symbolic(600), kv_len=Symbolic(600))).speedup < 1.05
-
-    def test_a_symbolic_length_below_all_that_was_measured_is_not_predicted(self):
-        assert predict(replace(SITE, q_len=Symbolic(100)), 0.1) is None
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc"])
@@ -154,7 +164,9 @@ def test_the_timer_turns_the_order_around_every_round(names):
 
 class TestFiles:
     def test_a_profile_reads_what_it_writes(self):
-        stored = json.loads(json.dumps(to_json({"device": "GPU", "date": "2026-01-01"}, RISING.points)))
+        stored = json.loads(
+            json.dumps(to_json({"device": "GPU", "date": "2026-01-01"}, RISING.points, RISING.launch_us))
+        )
         assert Profile.read(stored) == RISING
 
     def test_another_schema_is_refused(self):
@@ -175,14 +187,14 @@ class TestFiles:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         own = cost.own_profiles()
         own.mkdir(parents=True)
-        text = json.dumps(to_json({"device": "NVIDIA H200", "date": "2027-01-01"}, RISING.points))
+        text = json.dumps(to_json({"device": "NVIDIA H200", "date": "2027-01-01"}, RISING.points, {}))
         (own / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         found = cost.profiles()["NVIDIA H200"]
         cost.profiles.cache_clear()
         assert found.date == "2027-01-01" and found.source == str(own / "nvidia_h200.json")
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"schema": 2}'])
+    @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"schema": 3}'])
     def test_one_that_cannot_be_read_is_said_and_left_out(self, monkeypatch, tmp_path, caplog, text):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         cost.own_profiles().mkdir(parents=True)

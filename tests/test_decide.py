@@ -96,7 +96,7 @@ def test_auto_keeps_what_was_not_measured(monkeypatch):
 
 
 def speeds(table):
-    return lambda site, format, provider, device, wanted: (
+    return lambda site, format, provider, device, wanted, cuda_graphs: (
         Prediction(table[format, provider], "somewhere") if (format, provider) in table else None
     )
 
@@ -123,6 +123,67 @@ def test_auto_takes_the_first_in_the_table_of_equal_ones(monkeypatch):
 
 def refuses_hopper(site, format, provider):
     return "hopper failed: UnsupportedError: no libnvrtc.so.13" if provider == "hopper" else None
+
+
+class Length:
+    """A symbol that counts its comparisons, each of which is a Dynamo guard."""
+
+    def __init__(self, value):
+        self.value, self.compared = value, []
+
+    def __ge__(self, other):
+        self.compared.append(other)
+        return self.value >= other
+
+
+@pytest.mark.parametrize(("tokens", "used"), [(700, False), (3000, False), (4000, True)])
+def test_a_symbolic_length_is_compared_once_with_the_crossing_of_the_fastest(monkeypatch, tokens, used):
+    """However many candidates: a model that sees every length compiles two graphs."""
+    crossings = {"qk_int8_pv_fp16": (1.2, 2000), "qk_int8_pv_fp8": (1.5, 4000)}
+
+    def predict(site, format, provider, device, wanted, cuda_graphs):
+        return Prediction(crossings[format][0], "somewhere", crossings[format][1]) if provider == "hopper" else None
+
+    monkeypatch.setattr(module, "predict", predict)
+    length = Length(tokens)
+    decision = decide(replace(SITE, q_len=length, kv_len=9999), H200, Settings(), runs)
+    assert length.compared == [4000] and isinstance(decision, Use) == used
+    if not used:
+        assert decision.reason == "fewer than 4000 tokens: qk_int8_pv_fp8 by hopper wins from there on"
+
+
+def test_auto_does_not_ask_whom_another_beats(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "predict", lambda *_: None)
+
+    class Local:
+        def recall(self, site):
+            return {}
+
+        def measure(self, site, alternatives):
+            asked.extend(alternatives)
+            return {}
+
+    decide(SITE, H200, Settings(), runs, Local())
+    assert asked == [("qk_int8_pv_fp16", "hopper"), ("qk_int8_pv_fp8", "hopper")]
+    asked.clear()
+    decide(SITE, H200, Settings(), refuses_hopper, Local())
+    assert {provider for _, provider in asked} == {"triton", "sageattention"}
+
+
+@pytest.mark.parametrize("measured", [1.3, 0.9])
+def test_a_prediction_that_is_not_sure_is_measured(monkeypatch, measured):
+    monkeypatch.setattr(module, "predict", lambda *_: Prediction(1.1, "somewhere", sure=False))
+
+    class Local:
+        def recall(self, site):
+            return {}
+
+        def measure(self, site, alternatives):
+            return {alternative: Prediction(measured, "here") for alternative in alternatives}
+
+    decision = decide(SITE, H200, Settings(formats=("qk_int8_pv_fp8",)), runs, Local())
+    assert isinstance(decision, Use) == (measured > 1.05) and f"{measured:.2f}x" in decision.reason
 
 
 def test_auto_falls_back_to_another_provider_that_wins_too(monkeypatch):

@@ -15,18 +15,19 @@ import torch
 import torch.nn.functional as F
 from support import compiled
 
+from sagecompile import ops
 from sagecompile.cost import Prediction, local, store
 from sagecompile.cost.local import Local
+from sagecompile.cost.profile import Time
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.errors import OptionError
-from sagecompile.ops import reference
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Device
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 4, 2, 90, 90, 72, 72, "float32", "cpu")
 """No profile covers a head_dim of 72."""
 ACCURATE, FAST = ("qk_int8_pv_fp16", "cpu"), ("qk_int8_pv_fp8", "reference")
-TIMES = {"sdpa": 300.0, ACCURATE: 100.0, FAST: 600.0}
+TIMES = {"sdpa": Time(300.0, 20.0), ACCURATE: Time(100.0, 200.0), FAST: Time(600.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def races(monkeypatch):
     """The races that were run; each has TIMES."""
     run = []
 
-    def race(site, alternatives, launcher):
+    def race(site, alternatives, attention):
         run.append((site, tuple(alternatives)))
         return {"sdpa": TIMES["sdpa"]} | {" ".join(alternative): TIMES[alternative] for alternative in alternatives}
 
@@ -51,8 +52,8 @@ def races(monkeypatch):
     return run
 
 
-def machine(**changes):
-    return Local({"device": "some CPU"} | changes, lambda provider: reference.attention, cuda_graphs=False)
+def machine(cuda_graphs=True, **changes):
+    return Local({"device": "some CPU"} | changes, ops.attention, cuda_graphs)
 
 
 def forget(monkeypatch):
@@ -70,6 +71,12 @@ class TestMeasure:
         first = machine().measure(SITE, [ACCURATE])
         forget(monkeypatch)
         assert machine().recall(SITE) == first and len(races) == 1
+
+    def test_launches_count_outside_of_cuda_graphs(self, races):
+        machine().measure(SITE, [ACCURATE])
+        (captured,) = machine(cuda_graphs=True).recall(SITE).values()
+        (launched,) = machine(cuda_graphs=False).recall(SITE).values()
+        assert (captured.speedup, launched.speedup) == (3.0, 1.5)
 
     def test_what_is_asked_for_later_joins_it(self, races, monkeypatch):
         machine().measure(SITE, [ACCURATE])
@@ -92,7 +99,7 @@ class TestMeasure:
 
     @pytest.mark.parametrize(("sleep_s", "wins"), [(0.0, True), (0.02, False)])
     def test_what_is_timed_is_the_kernel(self, sleep_s, wins):
-        timed = Local({}, lambda provider: lambda *tensors, **how: time.sleep(sleep_s), cuda_graphs=False)
+        timed = Local({}, lambda *tensors, **how: time.sleep(sleep_s), cuda_graphs=False)
         (prediction,) = timed.measure(SITE, [ACCURATE]).values()
         assert (prediction.speedup > 1) == wins
 
@@ -118,16 +125,11 @@ class TestReasons:
         reason = machine().measure(replace(SITE, batch=1, q_len=1, kv_len=4_000_000), [ACCURATE])
         assert "MiB are too many" in reason and not races
 
-    def test_of_cuda_graphs(self, races):
-        site = replace(SITE, device="cuda:0")
-        captured = Local({}, lambda provider: reference.attention, cuda_graphs=True)
-        assert captured.measure(site, [ACCURATE]) == "not measured for CUDA graphs while compiling"
-
     def test_of_a_kernel_that_fails(self):
         def broken(*tensors, **how):
             raise RuntimeError("no such instruction")
 
-        failing = Local({}, lambda provider: broken, cuda_graphs=False)
+        failing = Local({}, broken, cuda_graphs=False)
         assert failing.measure(SITE, [ACCURATE]) == "measuring failed: RuntimeError: no such instruction"
         assert failing.recall(SITE) == {}
 
@@ -140,11 +142,19 @@ class TestReasons:
         (replace(SITE, batch=64, heads=32, kv_heads=8, q_len=2048, kv_len=2048), (1, 8, 2)),
         (replace(SITE, batch=64, heads=2, kv_heads=2, q_len=512, kv_len=512), (13, 2, 2)),
         (replace(SITE, batch=1, heads=4, kv_heads=1, q_len=4096, kv_len=4096), (1, 4, 1)),
+        (replace(SITE, batch=64, heads=32, kv_heads=32, q_len=1, kv_len=65536, head_dim=64), (1, 15, 15)),
     ],
-    ids=["small", "fewer sequences and heads", "whole groups", "fewer sequences", "no fewer than it has"],
+    ids=[
+        "small",
+        "fewer sequences and heads",
+        "whole groups",
+        "fewer sequences",
+        "no fewer than it has",
+        "of less memory",
+    ],
 )
 def test_a_large_site_is_measured_on_less_of_it(site, expected):
-    smaller = local._shrink(site)
+    smaller = local._shrink(site, 2)
     assert (smaller.batch, smaller.heads, smaller.kv_heads) == expected
 
 
@@ -153,7 +163,7 @@ KEY = {"device": "some CPU", "q_len": 90}
 
 class TestStore:
     def test_a_file_that_is_no_measurement_is_set_aside_and_said(self, folder, caplog):
-        store.remember(KEY, {"speedups": {}})
+        store.remember(KEY, {"times": {}})
         (file,) = folder.glob("*.json")
         store._known.clear()
         for text in ("{", "[]", '{"schema": 1}'):
@@ -164,7 +174,7 @@ class TestStore:
         assert "is no measurement" in caplog.text
 
     def test_an_older_schema_is_measured_again(self, folder):
-        store.remember(KEY, {"speedups": {}})
+        store.remember(KEY, {"times": {}})
         (file,) = folder.glob("*.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
         store._known.clear()
@@ -175,8 +185,8 @@ class TestStore:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with caplog.at_level(logging.WARNING, "sagecompile"):
             for q_len in (1, 2):
-                store.remember(KEY | {"q_len": q_len}, {"speedups": {"a b": 2.0}})
-        assert store.recall(KEY | {"q_len": 2}) == {"speedups": {"a b": 2.0}}, "this process still knows"
+                store.remember(KEY | {"q_len": q_len}, {"times": {"a b": 2.0}})
+        assert store.recall(KEY | {"q_len": 2}) == {"times": {"a b": 2.0}}, "this process still knows"
         assert caplog.text.count("every process measures again") == 1
 
     def test_many_processes_at_once(self, tmp_path, folder):
@@ -206,7 +216,7 @@ class TestDecide:
         assert "3.00x predicted (measured here at 2x4/2x90x72" in decision.reason
 
     def test_what_loses_is_kept_with_what_was_measured(self, races, monkeypatch):
-        monkeypatch.setitem(TIMES, ACCURATE, 400.0)
+        monkeypatch.setitem(TIMES, ACCURATE, Time(400.0))
         decision = self.decide(SITE, formats=("qk_int8_pv_fp16",))
         assert isinstance(decision, Keep) and "0.75x for qk_int8_pv_fp16 by cpu (measured here" in decision.reason
 

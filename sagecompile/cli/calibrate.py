@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sagecompile.errors import SageCompileError
+
+if TYPE_CHECKING:
+    from sagecompile.cost.profile import Time
+    from sagecompile.site import AttentionSite
 
 HELP = "measure this device, for policy=auto"
 
@@ -30,15 +35,24 @@ class Grid:
     lengths: tuple[int, ...]
     """Round ones, and others between them."""
     flops: float
+    turns: int
+    """How often all of it is measured. The fastest counts: what else runs on a CPU only slows, and not for long."""
+    budget_s: float
+    """Of timing for one shape, about; at least three runs of each alternative."""
 
 
 GRIDS = {
     "cpu": Grid(
         dtypes=("float32", "bfloat16"),
         head_dims=(32, 64, 96, 128),
-        heads=(1, 4, 16),
-        lengths=(9, 17, 32, 45, 64, 91, 128, 181, 256, 361, 512, 725, 1024, 1449, 2048, 2897, 4096),
-        flops=1.2e10,
+        heads=(1, 4, 16, 64),
+        lengths=(
+            *(9, 16, 24, 31, 32, 33, 48, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 255, 256, 257),
+            *(361, 512, 725, 1024, 1449, 2048, 2897, 4096),
+        ),
+        flops=3e9,
+        turns=2,
+        budget_s=0.008,
     ),
     "cuda": Grid(
         dtypes=("bfloat16", "float16"),
@@ -46,10 +60,10 @@ GRIDS = {
         heads=(16, 64, 256),
         lengths=(512, 725, 1024, 1449, 2048, 2897, 4096, 5793, 8192, 11585, 16384, 23170, 32768),
         flops=2e13,
+        turns=1,
+        budget_s=0.025,
     ),
 }
-BUDGET_S = 0.04
-"""Of timing for one shape, about; at least three runs of each alternative."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +76,23 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from sagecompile import cost
-    from sagecompile.cost.profile import to_json
+    from sagecompile.cost.profile import Point, to_json
 
     from .bench.session import device_of, machine
 
     device = device_of(arguments)
     facts = machine(device)
     with torch.no_grad():
-        points = list(_measure(str(device), arguments.again))
-    if not points:
+        measured = _measure(str(device), arguments.again)
+    if not measured:
         raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
-    text = render(to_json(facts, points))
+    points = [
+        Point(
+            site.dtype, site.head_dim, site.is_causal, site.heads, site.q_len, {n: t.device for n, t in times.items()}
+        )
+        for site, times in measured
+    ]
+    text = render(to_json(facts, points, _launches(times for _, times in measured)))
     file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,37 +106,53 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(device: str, again: bool) -> Iterator[Any]:
-    """Every point of the device's grid, with progress on stderr."""
+def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Time]]]:
+    """Every point of the device's grid that a kernel can run, with progress on stderr."""
     import torch
 
     from sagecompile.backend import measurements
     from sagecompile.cost import store
     from sagecompile.cost.local import race
-    from sagecompile.cost.profile import Point
-    from sagecompile.kernels import available, launcher
+    from sagecompile.cost.profile import Time
+    from sagecompile.kernels import available
+    from sagecompile.ops import attention
 
     from .bench.shapes import Shape
 
     grid = GRIDS[device.partition(":")[0]]
     local = measurements(device, cuda_graphs=False)
-    facts = product(grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths)
-    shapes = (Shape(*family, length, batch=1, heads=heads) for *family, heads, length in facts)
+    shapes = (
+        Shape(dtype, head_dim, is_causal, length, batch=1, heads=heads)
+        for dtype, head_dim, is_causal, heads, length in product(
+            grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths
+        )
+    )
     sites = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
-    for done, site in enumerate(sites):
+    fastest: list[dict[str, Time]] = [{} for _ in sites]
+    for turn, (which, site) in product(range(grid.turns), enumerate(sites)):
+        done = turn * len(sites) + which
         if done % 10 == 0:
-            print(
-                f"\rcalibrating {available.device(device).name}: {done} of {len(sites)} shapes", end="", file=sys.stderr
-            )
-        key = {"calibration": True} | local.key(site)
+            total = f"{done} of {grid.turns * len(sites)}"
+            print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
+        key = {"calibration": turn} | local.key(site)
         found = None if again else store.recall(key)
         if found is None:
             able = available.runners(site)
-            found = dict(race(site, able, launcher, BUDGET_S)) if able else {}
+            found = dict(race(site, able, attention, grid.budget_s)) if able else {}
             store.remember(key, found)
-        if len(found) > 1:
-            yield Point(site.dtype, site.head_dim, site.is_causal, site.heads, site.q_len, found)
+        for name, time in found.items():
+            fastest[which][name] = min(fastest[which].get(name, Time(*time)), Time(*time))
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
+    return [(site, times) for site, times in zip(sites, fastest, strict=True) if times]
+
+
+def _launches(measured: Iterable[Mapping[str, Time]]) -> dict[str, float]:
+    """Median microseconds of the host by name, which no shape changes; nothing where there are none."""
+    found: dict[str, list[float]] = {}
+    for times in measured:
+        for name, time in times.items():
+            found.setdefault(name, []).append(time.launch)
+    return {name: median for name, us in sorted(found.items()) if (median := statistics.median(us)) > 0}
 
 
 def render(profile: dict[str, Any]) -> str:

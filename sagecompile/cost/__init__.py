@@ -19,7 +19,7 @@ from typing import Protocol
 from sagecompile.site import AttentionSite
 
 from . import store
-from .profile import Profile, crossing_of
+from .profile import Profile, crossing_of, speedup
 
 logger = logging.getLogger("sagecompile")
 
@@ -34,6 +34,10 @@ class Prediction:
     speedup: float
     basis: str
     """Where the number comes from: device, date, the nearest measured shape."""
+    at_least: int = 0
+    """Tokens of queries and of keys that it takes, where their number is a symbol."""
+    sure: bool = True
+    """False: so near to what it takes to be used that a measurement is worth its time."""
 
 
 class Measures(Protocol):
@@ -69,12 +73,18 @@ def own_profiles() -> Path:
     return store.folder().parent / "profiles"
 
 
-def predict(site: AttentionSite, format: str, provider: str, device: str, wanted: float) -> Prediction | None:
+NEAR = 1.25
+"""A speed-up that is wrong by this factor may be the wrong side of what it takes."""
+
+
+def predict(
+    site: AttentionSite, format: str, provider: str, device: str, wanted: float, cuda_graphs: bool = False
+) -> Prediction | None:
     """The speed-up that the device's profile says, or None where it says nothing; `wanted`: what it takes to be used.
 
-    Sizes that are numbers get the times at them. A length that is a symbol is compared once, with the crossing: the
-    shortest from which on the kernel wins by `wanted`; and not at all where it wins at none. Symbolic numbers of heads
-    are compared once, with the fewest measured.
+    Sizes that are numbers get the times at them. Lengths that are symbols get the speed-up at the most tokens, and the
+    crossing, the shortest from which on the kernel wins by `wanted`: no length is compared here. Symbolic numbers of
+    heads are compared once, with the fewest measured.
     """
     profile = profiles().get(device)
     family, alternative = (site.dtype, site.head_dim, site.is_causal), f"{format} {provider}"
@@ -90,18 +100,17 @@ def predict(site: AttentionSite, format: str, provider: str, device: str, wanted
         times = profile.times(family, alternative, heads, site.q_len) if site.q_len == site.kv_len else None
         if times is None:
             return None
-        return Prediction(times[0] / times[1], f"{_shown(times[1])} against {_shown(times[0])}, {when}")
-    curves = profile.speedups(family, alternative, heads)
+        found = speedup(times, cuda_graphs)
+        sdpa, ours = (_shown(time.us(cuda_graphs)) for time in times)
+        return Prediction(found, f"{ours} against {sdpa}, {when}", sure=not wanted / NEAR < found < wanted * NEAR)
+    curves = profile.speedups(family, alternative, heads, cuda_graphs)
     if not curves:
         return None
-    crossings = [crossing_of(curve, wanted) for curve in curves]
-    if None in crossings:
-        return Prediction(min(curve[-1][1] for curve in curves), f"at the most tokens measured, {when}")
-    crossing = max(length for length in crossings if length is not None)
-    if site.q_len >= crossing and site.kv_len >= crossing:
-        return Prediction(wanted, f"from {crossing} tokens on, {when}")
-    shorter = [speedup for curve in curves for length, speedup in curve if length < crossing]
-    return Prediction(min(shorter), f"below {crossing} tokens, {when}") if shorter else None
+    at_most_tokens = min(curve[-1][1] for curve in curves)
+    crossings = [crossing for curve in curves if (crossing := crossing_of(curve, wanted)) is not None]
+    if len(crossings) < len(curves):
+        return Prediction(at_most_tokens, f"at the most tokens measured, {when}")
+    return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings))
 
 
 def _shown(us: float) -> str:

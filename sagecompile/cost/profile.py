@@ -1,21 +1,22 @@
 """A device's profile: how long SDPA and its alternatives took on a grid of shapes, and what that says in between.
 
-In: points, each the times at one dtype, head dim, causality, number of heads and length. Out: times at any shape that
-the grid encloses, and the length from which on an alternative wins. Between points times are powers of the length and
-of the heads, straight lines in logarithms; lengths that are multiples of ROUND have lines of their own, because many
-kernels are faster there. Beyond the longest length and the most heads the last ratio holds, as all processors are at
-work by then; below the shortest and the fewest nothing is said.
+In: points, each the device's times at one dtype, head dim, causality, number of heads and length, and what a launch
+costs the host. Out: times at any shape that the grid encloses, and the length from which on an alternative wins.
+Between points times are powers of the length and of the heads, straight lines in logarithms; lengths that are multiples
+of ROUND have lines of their own, because many kernels are faster there. Beyond the longest length and the most heads
+the last ratio holds, as all processors are at work by then; below the shortest and the fewest nothing is said. Where
+some heads were measured up to a length and others were not, those are asked: long calls have work enough for all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-SCHEMA = 2
+SCHEMA = 3
 SDPA = "sdpa"
 ROUND = 32
 
@@ -23,6 +24,18 @@ Curve = list[tuple[int, float]]
 """(length, speed-up over SDPA), by rising length."""
 Family = tuple[str, int, bool]
 """(dtype, head_dim, is_causal)"""
+
+
+class Time(NamedTuple):
+    """Of one call, in microseconds."""
+
+    device: float
+    launch: float = 0.0
+    """What the host is busy with it; 0 where host and device are one."""
+
+    def us(self, cuda_graphs: bool) -> float:
+        """What it adds to a model that is captured in CUDA graphs, or is not."""
+        return self.device if cuda_graphs else max(self)
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Point:
     heads: int
     length: int
     us: Mapping[str, float]
-    """Microseconds of `sdpa` and of each `format provider`."""
+    """Microseconds of the device, for `sdpa` and for each `format provider`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,8 @@ class Profile:
     device: str
     date: str
     points: tuple[Point, ...]
+    launch_us: Mapping[str, float] = field(default_factory=dict)
+    """Of the host, by the same names, at any shape; none on a CPU."""
     source: str = "shipped"
     """`shipped`, or the file of `sagecompile calibrate`."""
 
@@ -81,7 +96,7 @@ class Profile:
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
-        return cls(stored["device"], stored["date"], points, source)
+        return cls(stored["device"], stored["date"], points, dict(stored["launch_us"]), source)
 
     @cached_property
     def _lines(self) -> dict[tuple[Family, str, bool], dict[int, Line]]:
@@ -102,14 +117,22 @@ class Profile:
         """That something is known of; None if nothing is."""
         return min(self._of(family, alternative, True), default=None)
 
-    def times(self, family: Family, alternative: str, heads: int, length: float) -> tuple[float, float] | None:
-        """Microseconds of SDPA and of the alternative, or None outside of what was measured."""
-        return self._times(self._of(family, alternative, length % ROUND == 0), heads, length)
+    def times(self, family: Family, alternative: str, heads: int, length: float) -> tuple[Time, Time] | None:
+        """Of SDPA and of the alternative, or None outside of what was measured."""
+        return self._times(self._of(family, alternative, length % ROUND == 0), alternative, heads, length)
+
+    def _times(
+        self, lines: Mapping[int, Line], alternative: str, heads: int, length: float
+    ) -> tuple[Time, Time] | None:
+        found = self._device_us(lines, heads, length)
+        if found is None:
+            return None
+        sdpa, other = (self.launch_us.get(name, 0.0) for name in (SDPA, alternative))
+        return Time(found[0], sdpa), Time(found[1], other)
 
     @staticmethod
-    def _times(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:
-        below = max((known for known in lines if known <= heads), default=None)
-        above = min((known for known in lines if known > heads), default=None)
+    def _device_us(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:
+        below, above = _around(heads, [known for known, line in lines.items() if line.lengths[-1] >= length] or lines)
         low = lines[below].at(length) if below is not None else None
         if low is None or below is None:
             return None
@@ -122,16 +145,26 @@ class Profile:
             math.exp((1 - weight) * a + weight * b) for a, b in zip(low, high, strict=True)
         )
 
-    def speedups(self, family: Family, alternative: str, heads: int) -> list[Curve]:
+    def speedups(self, family: Family, alternative: str, heads: int, cuda_graphs: bool) -> list[Curve]:
         """Over SDPA at the measured lengths: a curve of the round ones and one of the others, each if it is known."""
-        kinds = [(family, alternative, is_round) for is_round in (True, False)]
-        curves = [self._curve(self._lines[kind], heads) for kind in kinds if kind in self._lines]
+        curves = []
+        for is_round in (True, False):
+            lines = self._lines.get((family, alternative, is_round), {})
+            lengths = sorted({length for line in lines.values() for length in line.lengths})
+            found = [(length, self._times(lines, alternative, heads, length)) for length in lengths]
+            curves.append([(length, speedup(times, cuda_graphs)) for length, times in found if times is not None])
         return [curve for curve in curves if curve]
 
-    def _curve(self, lines: Mapping[int, Line], heads: int) -> Curve:
-        lengths = sorted({length for line in lines.values() for length in line.lengths})
-        times = [(length, self._times(lines, heads, length)) for length in lengths]
-        return [(length, found[0] / found[1]) for length, found in times if found is not None]
+
+def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:
+    """The most heads of at most as many, and the fewest of more."""
+    below = max((other for other in known if other <= heads), default=None)
+    return below, min((other for other in known if other > heads), default=None)
+
+
+def speedup(times: tuple[Time, Time], cuda_graphs: bool) -> float:
+    """Of the second over the first."""
+    return times[0].us(cuda_graphs) / times[1].us(cuda_graphs)
 
 
 def crossing_of(curve: Curve, wanted: float) -> int | None:
@@ -154,7 +187,7 @@ def _line(points: Sequence[Point], alternative: str) -> Line:
     )
 
 
-def to_json(machine: Mapping[str, Any], points: Iterable[Point]) -> dict[str, Any]:
+def to_json(machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapping[str, float]) -> dict[str, Any]:
     """What `Profile.read` reads; `machine`: device, date, versions."""
     groups: dict[Family, list[Any]] = {}
     for point in points:
@@ -164,9 +197,10 @@ def to_json(machine: Mapping[str, Any], points: Iterable[Point]) -> dict[str, An
         {"schema": SCHEMA}
         | dict(machine)
         | {
+            "launch_us": {name: float(f"{us:.3g}") for name, us in launch_us.items()},
             "points": [
                 {"dtype": dtype, "head_dim": head_dim, "is_causal": is_causal, "heads_length_us": rows}
                 for (dtype, head_dim, is_causal), rows in groups.items()
-            ]
+            ],
         }
     )

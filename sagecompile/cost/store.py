@@ -18,7 +18,7 @@ from typing import Any
 
 logger = logging.getLogger("sagecompile")
 
-SCHEMA = 1
+SCHEMA = 2
 _known: dict[str, dict[str, Any]] = {}
 """Of this process, by file: a folder that cannot be used costs one measurement a process, not one a compilation."""
 

@@ -89,13 +89,15 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
 
 def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]:
     """Every (format, provider) that can run this site outside of CUDA graphs; `slow`: also what cannot win."""
-    return [
-        (format, provider.name)
-        for provider in PROVIDERS.values()
-        if site.device_type in provider.devices and (slow or provider.may_win)
-        for format in provider.formats
-        if refusal(site, format, provider.name, cuda_graphs=False) is None
-    ]
+    found: list[tuple[str, str]] = []
+    for provider in PROVIDERS.values():
+        if site.device_type not in provider.devices or not (slow or provider.may_win):
+            continue
+        for format in provider.formats:
+            beaten = any(other == format and provider.name in PROVIDERS[name].beats for other, name in found)
+            if (slow or not beaten) and refusal(site, format, provider.name, cuda_graphs=False) is None:
+                found.append((format, provider.name))
+    return found
 
 
 def prologue_refusal(site: AttentionSite, format: str, provider: str, q: Kind, k: Kind) -> str | None:

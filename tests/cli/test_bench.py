@@ -10,11 +10,12 @@ import pytest
 import torch
 from support import relative_error
 
-import sagecompile.cli.bench.measure as bench_measure
 from sagecompile.cli import bench, main
 from sagecompile.cli.bench.measure import measure
 from sagecompile.cli.bench.models import FAMILIES
 from sagecompile.cli.bench.session import results
+from sagecompile.cost import timer
+from sagecompile.cost.timer import Replays
 
 CPU = torch.device("cpu")
 
@@ -95,26 +96,19 @@ def test_one_failing_contestant_is_said_and_the_others_are_measured(capsys):
     assert "broken: left out: RuntimeError: no kernel for this" in capsys.readouterr().out
 
 
-class Graph:
-    """A stand-in for a CUDA graph: `replay` runs what was captured."""
-
-    def __init__(self, replay):
-        self.replay = replay
-
-
 def test_a_graph_holds_many_short_calls_and_its_time_is_shared(monkeypatch):
     captured, x = [], torch.ones(4)
 
     def capture(call, calls):
         captured.append(calls)
         out = call()
-        return Graph(lambda: [out.copy_(call()) for _ in range(calls)]), out
+        return Replays(lambda: [out.copy_(call()) for _ in range(calls)], calls, out)
 
-    monkeypatch.setattr(bench_measure, "_capture", capture)
+    monkeypatch.setattr(timer, "_capture", capture)
     (found,) = measure({"short": lambda: x + 1}, CPU, True, error_against(x + 1)).values()
     assert found.timed == "graph" and found.error == 0
-    assert captured[0] == 1 and 1 < captured[1] <= bench_measure.MOST_CALLS
-    assert found.us < 1000  # of one call, where a replay takes about bench_measure.REPLAY_US
+    assert captured[0] == 1 and 1 < captured[1] <= timer.MOST_CALLS
+    assert found.us < 1000  # of one call, where a replay takes about timer.REPLAY_US
 
 
 @pytest.mark.parametrize("replay", ["nothing", "half"])
@@ -123,16 +117,16 @@ def test_a_replay_that_does_not_give_the_answer_is_not_timed(replay, capsys, mon
 
     def capture(call, calls):
         out = call()
-        return Graph(lambda: None if replay == "nothing" else out[:2].copy_(call()[:2])), out
+        return Replays(lambda: None if replay == "nothing" else out[:2].copy_(call()[:2]), calls, out)
 
-    monkeypatch.setattr(bench_measure, "_capture", capture)
+    monkeypatch.setattr(timer, "_capture", capture)
     found = measure({"astray": lambda: x + 1}, CPU, True, error_against(x + 1))["astray"]
     assert found.timed == "eager" and found.error == 0
     assert "astray: timed eagerly, it cannot be captured in a CUDA graph: ValueError" in capsys.readouterr().out
 
 
 def test_what_must_not_be_captured_is_not(monkeypatch):
-    monkeypatch.setattr(bench_measure, "_capture", lambda call, calls: pytest.fail("captured"))
+    monkeypatch.setattr(timer, "_capture", lambda call, calls: pytest.fail("captured"))
     assert measure({"plain": lambda: torch.ones(1)}, CPU, True, eager_only={"plain"})["plain"].timed == "eager"
 
 

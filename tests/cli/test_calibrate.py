@@ -16,7 +16,7 @@ from sagecompile.decide import Keep, Use
 from sagecompile.kernels import available
 from sagecompile.site import AttentionSite
 
-GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), flops=4 * 4 * 32 * 32 * 32)
+GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), 4 * 4 * 32 * 32 * 32, turns=2, budget_s=0.01)
 FAST = "qk_int8_pv_fp16 cpu"
 
 
@@ -94,14 +94,13 @@ class TestDecision:
         assert len({site.q_len for site in first}) > 20
 
     def test_a_wrong_choice_has_a_regret(self, monkeypatch):
-        def slow(q, k, v, out, **how):
-            time.sleep(0.2)
-
-        monkeypatch.setattr(decision, "launcher", lambda provider: slow)
-        row = decision.judge(self.SITE, lambda site: Use("qk_int8_pv_fp16", "cpu", cost.Prediction(3.0, "hoped")))
+        monkeypatch.setattr(decision, "attention", lambda *tensors, **how: time.sleep(0.2))
+        row = decision.judge(
+            self.SITE, lambda site: Use("qk_int8_pv_fp16", "cpu", cost.Prediction(3.0, "hoped")), False
+        )
         assert row["chosen"] == FAST and row["best"] == "sdpa" and row["regret"] > 1 and row["clear"]
         assert row["predicted"] == 3.0 and row["measured"] < 0.5
-        assert decision.judge(self.SITE, lambda site: Keep("so"))["regret"] == 0
+        assert decision.judge(self.SITE, lambda site: Keep("so"), False)["regret"] == 0
 
     def test_the_summary_counts(self):
         rows = [

@@ -112,8 +112,12 @@ def _add_decision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=_positive, default=100, help="default 100")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument(
-        "--measure", action="store_true", help="let `auto` measure what the profile does not cover, as it would"
+        "--profile-only",
+        dest="measure",
+        action="store_false",
+        help="let `auto` measure nothing, as with sage.measure=false; by default it does where the profile is not sure",
     )
+    _add_regime(parser)
     parser.add_argument("--plot", type=_file, metavar="FILE.png", help="draw predicted against measured, and regrets")
 
 
@@ -136,6 +140,11 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
+    _add_regime(parser)
+    parser.add_argument("--seconds", type=_seconds, default=1.0, help="of timing for one shape, about; default 1")
+
+
+def _add_regime(parser: argparse.ArgumentParser) -> None:
     timing = parser.add_mutually_exclusive_group()
     timing.add_argument(
         "--graph",
@@ -145,7 +154,6 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
         "stay the same, so small ones are read from the cache; what cannot be captured is timed eagerly and marked so",
     )
     timing.add_argument("--eager", dest="graph", action="store_false", help="time with launches")
-    parser.add_argument("--seconds", type=_seconds, default=1.0, help="of timing for one shape, about; default 1")
 
 
 def _integers(text: str) -> list[int]:

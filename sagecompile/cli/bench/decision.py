@@ -19,12 +19,13 @@ import torch
 from sagecompile import backend
 from sagecompile.cost.local import race
 from sagecompile.decide import Use
-from sagecompile.kernels import available, launcher
+from sagecompile.kernels import available
+from sagecompile.ops import attention
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite
 
 from .measure import or_left_out
-from .session import device_of, require, results
+from .session import captures_graphs, device_of, require, results
 from .shapes import Shape
 
 CLOSE = 0.03
@@ -54,12 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_of(arguments)
     if arguments.plot:
         require("matplotlib", "--plot")
-    decision = backend.decider(Settings(measure=arguments.measure), cuda_graphs=False)
+    graph = captures_graphs(arguments, device)
+    decision = backend.decider(Settings(measure=arguments.measure), graph)
     with results(arguments, device) as found, torch.no_grad():
+        found["cuda_graphs"] = graph
         print(f"{'shape':22} {'dtype':8} causal {'chosen':26} {'us':>9} {'best':>9} {'regret':>7} predicted   seen")
         for site in draw(str(device), arguments.shapes, arguments.seed):
             with or_left_out(site.shape):
-                found["rows"].append(row := judge(site, decision))
+                found["rows"].append(row := judge(site, decision, graph))
                 print(_render(row), flush=True)
         found["summary"] = summary(found["rows"])
         for name, value in found["summary"].items():
@@ -84,10 +87,11 @@ def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
             count -= 1
 
 
-def judge(site: AttentionSite, decide: Any) -> dict[str, Any]:
+def judge(site: AttentionSite, decide: Any, cuda_graphs: bool) -> dict[str, Any]:
     """One site: decided first, measured then."""
     decision = decide(site)
-    times = race(site, available.runners(site), launcher, 0.2)
+    raced = race(site, available.runners(site), attention, 0.2)
+    times = {name: time.us(cuda_graphs) for name, time in raced.items()}
     chosen = f"{decision.format} {decision.provider}" if isinstance(decision, Use) else "sdpa"
     best = min(times, key=times.__getitem__)
     other = min((us for name, us in times.items() if name != "sdpa"), default=times["sdpa"])

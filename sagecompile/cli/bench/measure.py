@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
+from sagecompile.cost.timer import interleaved_median_us, replayed
 
 Call = Callable[[], Any]
 """What is timed; returns a tensor where its error is measured."""
 Error = Callable[[torch.Tensor], float]
-
-REPLAY_US, MOST_CALLS = 1000.0, 64
-"""A graph holds as many calls in a row as take about this long, at most that many: its launch is shared by them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def measure(
             runs[name] = _Run(call, 1, found, "eager")
         if graph and name in runs and name not in eager_only:
             with or_left_out(name, "timed eagerly, it cannot be captured in a CUDA graph"):
-                runs[name] = _captured(call, error, found, device)
+                runs[name] = _captured(call, error, found, device.type)
     if not runs:
         return {}
     times = interleaved_median_us({name: run.run for name, run in runs.items()}, device.type, budget_s)
@@ -101,44 +98,14 @@ def _error_of(call: Call, error: Error | None, device: torch.device) -> float | 
     return found
 
 
-def _captured(call: Call, error: Error | None, expected: float | None, device: torch.device) -> _Run:
-    """The call in a CUDA graph, as often as REPLAY_US asks for.
-
-    Raises ValueError if a replay does not write what the call returns: NaN is put in its place first.
-    """
-    graph, result = _capture(call, 1)
-    us = interleaved_median_us({"one": graph.replay}, device.type, budget_s=0.0, least_runs=3)["one"]
-    calls = max(1, min(MOST_CALLS, int(REPLAY_US / us)))
-    if calls > 1:
-        graph, result = _capture(call, calls)
+def _captured(call: Call, error: Error | None, expected: float | None, device_type: str) -> _Run:
+    """The call in a CUDA graph. ValueError if a replay does not write what the call returns: NaN is put there first."""
+    run, calls, result = replayed(call, device_type)
     if error is None or expected is None:
-        return _Run(graph.replay, calls, None, "graph")
+        return _Run(run, calls, None, "graph")
     result.fill_(float("nan"))
-    graph.replay()
+    run()
     found = error(result)
     if not found <= 2 * expected + 1e-3:  # also where it is NaN
         raise ValueError(f"a replay has error {found:.3g}, a call {expected:.3g}")
-    return _Run(graph.replay, calls, found, "graph")
-
-
-_failed: list[torch.cuda.CUDAGraph] = []
-"""Torch's allocator keeps asking a graph whose capture failed: it must stay alive."""
-
-
-def _capture(call: Call, calls: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of `calls` calls in a row, and what the last one returned, which a replay writes again."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):  # torch.cuda.graph does not restore the stream where a capture fails
-        for _ in range(WARM_UPS):
-            call()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                for _ in range(calls):
-                    result = call()
-        except Exception:
-            _failed.append(graph)
-            raise
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph, result
+    return _Run(run, calls, found, "graph")
