@@ -1,12 +1,15 @@
 """Faster attention for PyTorch models, nothing else changed: `torch.compile(model, backend="sage_inductor")`.
 
 Importing this loads no torch: the backend is found by torch through an entry point, and `explain` is loaded when used.
+`vllm_pass` stands here by its name because vLLM looks for it in this module's dict.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .vllm.lazy_pass import vllm_pass
 
 if TYPE_CHECKING:
     from .backend import explain, sage_inductor
@@ -21,6 +24,7 @@ __all__ = [
     "__version__",
     "explain",
     "sage_inductor",
+    "vllm_pass",
 ]
 
 __version__ = "0.1.0"

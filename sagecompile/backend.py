@@ -6,11 +6,9 @@ graph. The backend is found through the `torch_dynamo_backends` entry point, so 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from sagecompile.ops import attention
 from sagecompile.report import Report
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite
+from sagecompile.sources import source_hash
 
 logger = logging.getLogger("sagecompile")
 
@@ -37,9 +36,6 @@ PASS_SLOTS = (
     "joint_custom_pre_pass",
 )
 """Inductor options that hold one custom pass each; the first that the user left free carries our source stamp."""
-
-
-SOURCES = (".py", ".cpp", ".cu", ".cuh")
 
 
 def sage_inductor(
@@ -90,7 +86,7 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 @cache
 def measurements(device: str, cuda_graphs: bool) -> Local:
     """What this machine itself says of a device, for graphs that are captured in CUDA graphs or not."""
-    return Local(available.machine(device) | {"sources": _source_hash()}, attention, cuda_graphs)
+    return Local(available.machine(device) | {"sources": source_hash()}, attention, cuda_graphs)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -160,17 +156,7 @@ class SourceStamp(CustomGraphPass):
         pass
 
     def uuid(self) -> str:
-        return _source_hash()
-
-
-@cache
-def _source_hash() -> str:
-    """Of every source file of the package, so that nothing compiled or measured with other sources is ever served."""
-    digest = hashlib.sha256()
-    for root in (Path(__file__).parent, *map(Path, passes.__path__)):
-        for file in sorted(file for file in root.rglob("*") if file.suffix in SOURCES):
-            digest.update(file.read_bytes())
-    return f"sagecompile-{digest.hexdigest()}"
+        return source_hash()
 
 
 def _with_source_stamp(options: dict[str, Any]) -> dict[str, Any]:

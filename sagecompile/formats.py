@@ -48,6 +48,8 @@ class Provider:
     """False: right, but slower than SDPA: `auto` leaves it out."""
     prologues: bool = False
     """Whether it can apply RMSNorm and RoPE to Q and K as it reads them, see kernels/prologue.py."""
+    causal_offset: bool = False
+    """Whether query i can be made to see the keys j <= i + an offset, as where a prompt's earlier part is cached."""
 
 
 _COMMON = {
@@ -93,7 +95,7 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
-        Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",)),
+        Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",), causal_offset=True),
         Provider(
             "reference",
             "plain torch: the specification, not fast",
@@ -101,6 +103,7 @@ PROVIDERS: dict[str, Provider] = {
             tuple(FORMATS),
             may_win=False,
             prologues=True,
+            causal_offset=True,
         ),
     )
 }

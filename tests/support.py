@@ -42,14 +42,16 @@ def relative_error(actual: Any, expected: Any) -> float:
     return float((a - e).norm() / e.norm().clamp_min(1e-300)) if e.numel() else 0.0
 
 
-def exact_attention(q: Any, k: Any, v: Any, scale: float | None = None, is_causal: bool = False) -> torch.Tensor:
-    """In float64, spelled out; q (B, H, Nq, D), k and v (B, Hkv, Nk, D); causal: query i sees the keys j <= i."""
+def exact_attention(
+    q: Any, k: Any, v: Any, scale: float | None = None, is_causal: bool = False, causal_offset: int = 0
+) -> torch.Tensor:
+    """In float64, spelled out; q (B, H, Nq, D), k and v (B, Hkv, Nk, D); causal: query i sees keys j <= i + offset."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
     if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + causal_offset)
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(-1) @ v
 

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "formats": set(),
     "site": set(),
     "dump": set(),
+    "sources": set(),
     "settings": {"errors", "formats"},
     "cost": {"site"},
     "decide": {"cost", "formats", "settings", "site"},
@@ -24,7 +25,8 @@ MAY_IMPORT = {
     "kernels": {"errors", "formats", "site"},
     "ops": {"errors", "formats", "kernels"},
     "passes": {"decide", "formats", "kernels", "ops", "report", "site"},
-    "backend": {"cost", "ops", "decide", "dump", "kernels", "passes", "report", "settings", "site"},
+    "backend": {"cost", "decide", "dump", "kernels", "ops", "passes", "report", "settings", "site", "sources"},
+    "vllm": {"decide", "formats", "kernels", "ops", "passes", "report", "settings", "site", "sources"},
     "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
 }
 """cli -> backend -> passes -> decide -> cost, formats, site; ops -> kernels. Never the other way."""
@@ -44,6 +46,7 @@ def test_public_surface():
             "__version__",
             "explain",
             "sage_inductor",
+            "vllm_pass",
         ]
     )
     assert all(hasattr(sagecompile, name) for name in sagecompile.__all__)

@@ -12,7 +12,8 @@ from importlib import import_module
 def launcher(provider: str) -> Callable[..., None]:
     """`attention(q, k, v, out, *, scale, is_causal, format)` of a provider that has kernels of its own.
 
-    One that says `prologues` in `formats.py` also takes `q_prologue` and `k_prologue`, each a `Prologue` or None.
+    One that says `prologues` in `formats.py` also takes `q_prologue` and `k_prologue`, each a `Prologue` or None; one
+    that says `causal_offset` also takes that.
     """
     launch: Callable[..., None] = import_module(f"{__name__}.{provider}").attention
     return launch

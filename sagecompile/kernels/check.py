@@ -20,8 +20,12 @@ def check(
     format: str,
     formats: Collection[str],
     max_head_dim: int,
+    causal_offset: int = 0,
 ) -> None:
-    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; one dtype, one device; nothing empty."""
+    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; one dtype, one device; nothing empty.
+
+    A causal offset (query i sees the keys j <= i + causal_offset) leaves every query a key.
+    """
     if format not in formats:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(formats)}")
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or out.shape != q.shape:
@@ -35,5 +39,7 @@ def check(
         raise ValueError(f"{given}: every size must be at least 1, and D at most {max_head_dim}")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
         raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {DTYPES} for all four")
+    if causal_offset < 0:
+        raise ValueError(f"causal_offset {causal_offset}: must be at least 0")
     if not q.device == k.device == v.device == out.device:
         raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need one device")

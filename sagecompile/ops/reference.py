@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from sagecompile.kernels.prologue import Prologue
+from sagecompile.kernels.sdpa import sdpa
 
 from . import quantize
 
@@ -32,10 +32,11 @@ def attention(
     scale: float,
     is_causal: bool,
     format: str,
+    causal_offset: int = 0,
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
 ) -> None:
-    """Write softmax(q k^T * scale) v into `out`; `is_causal` lets query i see the keys j <= i."""
+    """Write softmax(q k^T * scale) v into `out`; `is_causal` lets query i see the keys j <= i + causal_offset."""
     if q_prologue is not None:
         q = q_prologue.apply(q).to(q.dtype)
     if k_prologue is not None:
@@ -45,7 +46,7 @@ def attention(
     group = heads // kv_heads
     # One row of queries a KV head: its group's heads one after the other, so that K and V are never repeated.
     rows = q.reshape(batch, kv_heads, group * q_len, head_dim)
-    position = torch.arange(q_len, device=q.device).repeat(group)
+    position = torch.arange(causal_offset, causal_offset + q_len, device=q.device).repeat(group)
     key_position = torch.arange(kv_len, device=q.device)
     q_int, q_scale = quantize.int8_per_token(rows)
     k_int, k_scale = quantize.int8_per_block(quantize.smooth_k(k))
@@ -76,7 +77,7 @@ def attention(
         result[:, :, part] = (sliced / total).clamp(-largest, largest).to(result.dtype)
     out.copy_(result.view(batch, heads, q_len, head_dim))
     unit = q_scale.abs().amax((-2, -1)) * k_scale.amax((-2, -1))
-    _mend(q, k, v, out, unit > quantize.STEEPEST, scale, is_causal)
+    _mend(q, k, v, out, unit > quantize.STEEPEST, scale, is_causal, causal_offset)
 
 
 def _mend(
@@ -87,6 +88,7 @@ def _mend(
     steep: torch.Tensor,
     scale: float,
     is_causal: bool,
+    causal_offset: int,
 ) -> None:
     """Give the heads that INT8 cannot hold SDPA's own result: steep (B, Hkv), and those with a NaN or Inf.
 
@@ -98,5 +100,5 @@ def _mend(
     bad = (steep | ~finite_q | ~finite_kv).repeat_interleave(group, 1)[:, :, None, None]
     if q.device.type == "cpu" and not bool(bad.any()):
         return
-    exact = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=group > 1)
+    exact = sdpa(q, k, v, scale=scale, is_causal=is_causal, causal_offset=causal_offset)
     out.copy_(torch.where(bad, exact, out))

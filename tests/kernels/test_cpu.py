@@ -80,13 +80,13 @@ def inputs(batch=1, q_heads=2, kv_heads=2, q_len=700, kv_len=700, dim=64, dtype=
     return q, k, v
 
 
-def attend(q, k, v, *, causal=False, scale=None, out=None):
+def attend(q, k, v, *, causal=False, scale=None, out=None, offset=0):
     """The kernel's result; `out` starts as NaN, and q, k and v must not change."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     out.fill_(float("nan"))
     before = [x.clone() for x in (q, k, v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    cpu.attention(q, k, v, out, scale=scale, is_causal=causal, format=ACCURATE)
+    cpu.attention(q, k, v, out, scale=scale, is_causal=causal, format=ACCURATE, causal_offset=offset)
     for x, copy in zip((q, k, v), before, strict=True):
         assert torch.equal(x.nan_to_num(7), copy.nan_to_num(7)), "an input was modified"
     return out

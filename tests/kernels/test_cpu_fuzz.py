@@ -34,6 +34,7 @@ def calls(draw):
         "dim": draw(st.one_of(st.integers(1, 256), st.sampled_from((64, 96, 128)))),
         "dtype": draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
         "causal": draw(st.booleans()),
+        "causal_offset": draw(st.sampled_from((0, 0, 1, 63, 500))),
         "threads": draw(st.integers(1, 4)),
         "orders": draw(st.lists(st.permutations(range(4)), min_size=4, max_size=4)),
         "gaps": draw(st.lists(st.integers(1, 2), min_size=4, max_size=4)),
@@ -61,10 +62,11 @@ def test_any_call(call):
     k += 3
     kept = [x.clone() for x in (q, k, v)]
     tensors, storages = zip(*map(strided, (q, k, v, torch.zeros_like(q)), call["orders"], call["gaps"]), strict=True)
+    offset = {"causal_offset": call["causal_offset"]}
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(call["threads"])
-        cpu.attention(*tensors, scale=call["dim"] ** -0.5, is_causal=call["causal"], format=ACCURATE)
+        cpu.attention(*tensors, scale=call["dim"] ** -0.5, is_causal=call["causal"], format=ACCURATE, **offset)
     finally:
         torch.set_num_threads(before)
     for x, copy in zip(tensors, kept, strict=False):
@@ -73,9 +75,9 @@ def test_any_call(call):
     for x, storage in zip(tensors, storages, strict=True):
         x.fill_(GUARD)
         assert (storage == GUARD).all(), "something beside the output was written"
-    expected = exact_attention(q, k, v, is_causal=call["causal"])
+    expected = exact_attention(q, k, v, is_causal=call["causal"], **offset)
     plain = torch.empty_like(q)
-    reference.attention(q, k, v, plain, scale=call["dim"] ** -0.5, is_causal=call["causal"], format=ACCURATE)
+    reference.attention(q, k, v, plain, scale=call["dim"] ** -0.5, is_causal=call["causal"], format=ACCURATE, **offset)
     # Few keys of few dimensions can be harder than the table's inputs, for the reference as well.
     limit = max(TOLERANCE[ACCURATE], 1.5 * relative_error(plain, expected))
     assert relative_error(result, expected) <= limit

@@ -10,10 +10,10 @@ import ctypes
 import struct
 
 import torch
-import torch.nn.functional as F
 
 from sagecompile.formats import PROVIDERS
 from sagecompile.kernels.check import check
+from sagecompile.kernels.sdpa import sdpa
 
 from .build import function, why_not
 
@@ -26,23 +26,32 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool, format: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    format: str,
+    causal_offset: int = 0,
 ) -> None:
-    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
+    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i + causal_offset where causal.
 
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 256; one dtype; any strides.
     """
-    check(q, k, v, out, format, FORMATS, MAX_HEAD_DIM)
+    check(q, k, v, out, format, FORMATS, MAX_HEAD_DIM, causal_offset)
     if not q.is_cpu:
         raise ValueError(f"q {q.device}: need the CPU")
-    sizes = (*q.shape, *k.shape[1:3], is_causal, _DTYPES[q.dtype], torch.get_num_threads())
+    ahead = min(causal_offset, k.shape[2]) if is_causal else k.shape[2]
+    sizes = (*q.shape, *k.shape[1:3], ahead, _DTYPES[q.dtype], torch.get_num_threads())
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
     flags = ctypes.create_string_buffer(q.shape[0] * q.shape[1])
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     if function()(*pointers, struct.pack(f"{len(sizes) + len(strides)}q", *sizes, *strides), scale, flags) != 0:
         raise MemoryError(f"no memory for K {tuple(k.shape)} in 8 bits and V in 16 or 32")
     if any(flags.raw):
-        _recompute_flagged(q, k, v, out, flags.raw, scale, is_causal)
+        _recompute_flagged(q, k, v, out, flags.raw, scale, is_causal, causal_offset)
 
 
 def _recompute_flagged(
@@ -53,12 +62,11 @@ def _recompute_flagged(
     flags: bytes,
     scale: float,
     is_causal: bool,
+    causal_offset: int,
 ) -> None:
     """SDPA's own result for the heads that INT8 cannot hold: too steep, or with a NaN or Inf."""
     heads = torch.tensor(list(flags)).view(out.shape[:2])
     b, h = heads.nonzero(as_tuple=True)
     kv_h = h // (q.shape[1] // k.shape[1])
-    exact = F.scaled_dot_product_attention(
-        q[b, h][None], k[b, kv_h][None], v[b, kv_h][None], is_causal=is_causal, scale=scale
-    )
-    out[b, h] = exact[0]
+    chosen = (x[None] for x in (q[b, h], k[b, kv_h], v[b, kv_h]))
+    out[b, h] = sdpa(*chosen, scale=scale, is_causal=is_causal, causal_offset=causal_offset)[0]

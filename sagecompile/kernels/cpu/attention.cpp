@@ -206,7 +206,8 @@ INLINE void quantize(const float* x, int width, float inverse, uint8_t flip, uin
 
 struct Shape {
     int64_t batch, q_heads, q_len, kv_heads, kv_len;
-    int dim, causal;
+    int64_t ahead; // of query i: it sees the keys j <= i + ahead
+    int dim;
     float scale;
 
     int64_t group() const { return q_heads / kv_heads; }
@@ -482,7 +483,7 @@ INLINE void add_values(float* out, int width, const Tile& tile, const uint32_t* 
 void meet(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from) {
     const Shape& shape = kv.shape;
     const auto visible = [&](int r) { // keys of the tile that query r sees
-        const int64_t end = shape.causal ? std::min(shape.kv_len, position + r + 1) : shape.kv_len;
+        const int64_t end = std::min(shape.kv_len, position + r + 1 + shape.ahead);
         return int(std::clamp<int64_t>(end - from, 0, KEYS));
     };
     const int keys = round_up(visible(ROWS - 1), LANES), whole = round_up(keys, K_BLOCK);
@@ -577,12 +578,13 @@ template <class T> bool run_typed(const Shape& shape, const Arguments& a) {
 
 } // namespace
 
-// sizes: batch, query heads, query tokens, head_dim, KV heads, KV tokens, whether causal, dtype (0 float32, 1 bfloat16,
-// 2 float16), threads; then the 4 strides of q, k, v and out in elements. flags: one byte for each batch and query
-// head, zero on entry; set for those that are left to the caller. Returns 0, or 1 if there is no memory.
+// sizes: batch, query heads, query tokens, head_dim, KV heads, KV tokens, how far ahead a query sees (key j is visible
+// to query i iff j <= i + ahead), dtype (0 float32, 1 bfloat16, 2 float16), threads; then the 4 strides of q, k, v and
+// out in elements. flags: one byte for each batch and query head, zero on entry; set for those that are left to the
+// caller. Returns 0, or 1 if there is no memory.
 extern "C" int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale,
                                      uint8_t* flags) {
-    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], sizes[5], int(sizes[3]), int(sizes[6]), scale};
+    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], sizes[5], sizes[6], int(sizes[3]), scale};
     const Arguments arguments{q, k, v, out, sizes + 9, int(sizes[8]), flags};
     const auto typed = sizes[7] == 0 ? run_typed<float> : sizes[7] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
     return typed(shape, arguments) ? 0 : 1;

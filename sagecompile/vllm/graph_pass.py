@@ -1,0 +1,83 @@
+"""The pass as vLLM runs it: over each graph that it compiles, after its own passes.
+
+In: a post-grad graph. Out: the same graph with our op at the layers that are ours, the report in the log, and a uuid of
+our sources and settings, by which vLLM's and Inductor's caches know what was compiled with us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from torch.fx import Graph
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+from sagecompile import report
+from sagecompile.decide import Decision, Keep, Use, decide
+from sagecompile.kernels import available
+from sagecompile.passes import vllm as vllms_graph
+from sagecompile.report import Entry
+from sagecompile.sources import source_hash
+
+from . import plugin
+from .choice import can_run, settings
+from .layer import site_of
+
+logger = init_logger("vllm.sagecompile")
+
+
+@dataclass(frozen=True)
+class ByRequest(Use):
+    """A layer whose requests the op sends to our kernels or not, each by its length."""
+
+    @property
+    def reason(self) -> str:
+        return f"request by request, by policy={settings().policy}"
+
+
+class GraphPass(InductorPass):
+    """Rewrites every attention layer that our kernels can do."""
+
+    def __call__(self, graph: Graph) -> None:
+        from . import op
+
+        layers = get_forward_context().no_compile_layers
+        done = vllms_graph.run(graph, op.THEIRS, op.OURS, lambda name, device: _entry(layers[name], device))
+        if done.entries:
+            logger.info("sagecompile: %s", done.summary())
+            logger.debug("\n%s", done)
+        else:
+            _warn_of_nothing()
+        report.record(done)
+
+    def uuid(self) -> str:
+        """What a cached graph was made with."""
+        return f"{source_hash()}-{settings()}"
+
+
+def _entry(layer: Any, device: str) -> Entry:
+    """Whether any kernel can do the layer; whether it wins depends on lengths, which are not known here."""
+    site = site_of(layer, device)
+    legal = replace(settings(), policy="never" if settings().policy == "never" else "always")
+    found = decide(replace(site, q_len=1024, kv_len=1024), available.device(device), legal, can_run)
+    decision: Decision = found if isinstance(found, Keep) else ByRequest(found.format, found.provider)
+    return Entry(site, decision)
+
+
+@cache
+def _warn_of_nothing() -> None:
+    logger.warning(
+        "sagecompile: a compiled graph without attention layers. If vLLM split the model at them, set "
+        '"use_inductor_graph_partition": true in --compilation-config, or use --attention-backend CUSTOM'
+    )
+
+
+@cache
+def graph_pass() -> GraphPass:
+    """The one of this process. Raises OptionError for an impossible SAGECOMPILE_ variable."""
+    settings()
+    plugin.register()
+    return GraphPass()

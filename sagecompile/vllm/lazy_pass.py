@@ -1,0 +1,37 @@
+"""`sagecompile.vllm_pass`, as vLLM finds it: `__import__("sagecompile").__dict__["vllm_pass"]`, so it must be there.
+
+In: vLLM asking whether it is an InductorPass, or using it as one. Out: graph_pass.GraphPass, which only then is
+imported, so that `import sagecompile` needs neither torch nor vLLM. Pickled and copied, it is that pass itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LazyPass:
+    """Stands for `graph_pass.graph_pass()`."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]
+        return type(_load())
+
+    def __call__(self, graph: Any) -> None:
+        _load()(graph)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what tools ask of any object is no reason to import vLLM
+            raise AttributeError(name)
+        return getattr(_load(), name)
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _load, ()
+
+
+def _load() -> Any:
+    from .graph_pass import graph_pass
+
+    return graph_pass()
+
+
+vllm_pass = LazyPass()

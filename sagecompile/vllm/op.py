@@ -1,0 +1,56 @@
+"""`torch.ops.sagecompile.unified_attention_with_output`: what the pass puts where vLLM's op of that name was.
+
+In: the very arguments of vLLM's op in its running version. Out: nothing; `output` is written, as planned. It is marked
+as unsafe for CUDA graphs, so that Inductor ends a partition at it, as it does at vLLM's splitting ops.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import attention as vllms
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
+from vllm.utils.torch_utils import _resolve_layer_name, direct_register_custom_op
+
+from .attention import forward
+from .versions import eager_break_during_capture
+
+NAME = "unified_attention_with_output"
+library = torch.library.Library("sagecompile", "FRAGMENT")
+
+
+@eager_break_during_capture
+@maybe_transfer_kv_layer
+@functools.wraps(vllms.unified_attention_with_output)  # its signature too, from which the schema is made
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: Any,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    kv_cache_dummy_dep: torch.Tensor | None = None,
+) -> None:
+    """`kv_cache_dummy_dep` is there for its order alone: after the KV cache's update."""
+    metadata, layer, kv_cache, _ = vllms.get_attention_context(_resolve_layer_name(layer_name))
+    tensors = query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
+    forward(layer.impl.forward, layer, *tensors)
+
+
+def _fake(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+direct_register_custom_op(
+    NAME,
+    attend,
+    mutates_args=["output", "output_block_scale"],
+    fake_impl=_fake,
+    target_lib=library,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+THEIRS = torch.ops.vllm.unified_attention_with_output.default
+OURS = torch.ops.sagecompile.unified_attention_with_output.default

@@ -1,0 +1,93 @@
+"""What differs between platforms and versions of vLLM: 0.20.2 (CUDA) and 0.32 (CPU) were tried.
+
+In: vLLM as it is installed. Out: the platform's backend to build on, the pages of a KV cache as (pages, tokens a page,
+KV heads, head_dim), and names that only some versions have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+try:
+    from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+except ImportError:  # before 0.3x there are no CUDA graphs with breaks in them
+
+    def eager_break_during_capture(function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[misc]
+        return function
+
+
+__all__ = ["Index", "eager_break_during_capture", "is_known", "own_backend", "pages", "split_fields", "why_not_pages"]
+
+
+class Index(NamedTuple):
+    """The same indices for tensors on the host and on the device, so that neither waits for the other."""
+
+    host: torch.Tensor
+    device: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor, device: torch.device) -> Index:
+        """Copied without waiting: from pinned memory, to a GPU."""
+        on_gpu = device.type == "cuda"
+        return cls(values, (values.pin_memory() if on_gpu else values).to(device, non_blocking=True))
+
+
+PER_REQUEST = (
+    "seq_lens",
+    "block_table_tensor",
+    "seq_lens_cpu_upper_bound",
+    "is_prefilling",
+    "_seq_lens_cpu",
+    "_num_computed_tokens_cpu",
+)
+PER_TOKEN = ("slot_mapping", "positions")
+CACHES = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")
+UNKNOWN = ("encoder_seq_lens", "dcp_local_seq_lens", "rswa_prefix_lens", "mm_req_doc_ranges")
+"""Of CommonAttentionMetadata: what a batch with any of these is made of we do not know."""
+
+
+def own_backend() -> AttentionBackendEnum | None:
+    """The one that this platform uses by itself and that ours is built on; None where there is none for us."""
+    if current_platform.is_cpu():
+        return AttentionBackendEnum.CPU_ATTN
+    return AttentionBackendEnum.FLASH_ATTN if current_platform.is_cuda() else None
+
+
+def pages(layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the cached K and V, each (pages, tokens a page, KV heads, head_dim)."""
+    if kv_cache.dim() == 5:  # 0.20.2 on CUDA: (2, pages, tokens, heads, head_dim)
+        keys, values = kv_cache.unbind(0)
+        return keys, values
+    if not kv_cache.is_cpu:  # 0.32 on CUDA: (pages, heads, tokens, 2 * head_dim)
+        keys, values = kv_cache.transpose(1, 2).split(layer.head_size, -1)
+        return keys, values
+    # 0.32 on a CPU: (pages, heads, 2 * tokens * head_dim), a page of K transposed, then one of V.
+    tokens = kv_cache.shape[2]
+    keys, values = kv_cache.flatten(2).chunk(2, 2)
+    return keys.unflatten(2, (-1, tokens)).permute(0, 3, 1, 2), values.unflatten(2, (tokens, -1)).transpose(1, 2)
+
+
+def why_not_pages(layer: Any) -> str | None:
+    """Why the KV cache of a layer cannot be read as `pages` says, or None. Known once its backend has begun."""
+    isa = getattr(layer, "isa", None)
+    return None if isa in (None, "vec", "vec16") else f"KV cache laid out for {isa}: needs vec or vec16"
+
+
+def is_known(common: Any) -> bool:
+    """Whether CommonAttentionMetadata holds nothing that `split_fields` would lose."""
+    return all(getattr(common, name, None) is None for name in UNKNOWN)
+
+
+def split_fields(common: Any, rows: Index, tokens: Index) -> dict[str, Any]:
+    """The fields of CommonAttentionMetadata that have a value for each request or token, for some of them."""
+    found: dict[str, Any] = {name: None for name in CACHES if hasattr(common, name)}
+    for names, index in ((PER_REQUEST, rows), (PER_TOKEN, tokens)):
+        for name in names:
+            if (whole := getattr(common, name, None)) is not None:
+                found[name] = whole[index.host if whole.is_cpu else index.device]
+    return found
