@@ -92,6 +92,7 @@ PROVIDERS: dict[str, Provider] = {
             (9, 0),
             beats=("triton", "sageattention"),
             prologues=True,
+            causal_offset=True,
         ),
         Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
         Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),

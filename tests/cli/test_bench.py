@@ -11,8 +11,8 @@ import torch
 from support import relative_error
 
 from sagecompile.cli import bench, main
+from sagecompile.cli.bench.families import FAMILIES
 from sagecompile.cli.bench.measure import measure
-from sagecompile.cli.bench.models import FAMILIES
 from sagecompile.cli.bench.session import results
 from sagecompile.cost import timer
 from sagecompile.cost.timer import Replays

@@ -14,7 +14,9 @@ from pathlib import Path
 HELP = "time attention, a block or whole models against what torch has, each figure beside its error"
 DTYPES = ("float16", "bfloat16", "float32")
 ROPES = ("half", "interleaved")
-MODELS = ("flux", "wan", "wan-14b", "llama")
+MODELS = (
+    *("flux", "wan", "wan-14b", "dit", "llama", "llama-decode", "bert-base", "bert-large", "vit-base", "vit-large"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +89,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     """whole models of real width and few layers under sage_inductor against inductor
 
     Random weights in bfloat16: Flux (24 heads of 128; --layers double and as many single blocks), Wan (12 heads of
-    128, or 40: wan-14b) and Llama (8B's shape, a prefill with logits for the last token). A length is that of the
-    self-attention, text included. Each forward is timed with its launches; the error is the relative L2 error of the
-    output against inductor's, the peak memory that of one forward with the weights. The report lists every site.
+    128, or 40: wan-14b), DiT-XL/2, Llama (8B's shape, a prefill with logits for the last token, or one token after a
+    context), BERT and ViT. A length is that of the self-attention, text included. Each forward is timed with
+    its launches; the error is the relative L2 error of the output against inductor's, the peak memory that of one
+    forward with the weights, the compile time that of the first call without caches. The report lists every site.
     """
     _add_reference(parser)
     parser.add_argument(
@@ -99,7 +102,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(MODELS)}; default flux,wan,llama",
     )
     parser.add_argument("--lengths", type=_integers, default=None, help="comma-separated; default: each model's own")
+    parser.add_argument("--batches", type=_integers, default=[1], help="sequences, comma-separated; default 1")
     parser.add_argument("--layers", type=_positive, default=2, help="default 2")
+    parser.add_argument("--auto-only", action="store_true", help="policy=auto against inductor, and no other")
     parser.add_argument("--small", action="store_true", help="tiny widths, to try the command on a CPU")
 
 

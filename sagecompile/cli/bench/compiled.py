@@ -6,12 +6,14 @@ In: a module and its inputs. Out: by name what runs it, after a first run that c
 from __future__ import annotations
 
 import gc
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 from sagecompile.decide import Use
 from sagecompile.formats import FORMATS
@@ -30,19 +32,23 @@ class Compiled:
     """Returns the module's output, the first one of a tuple."""
     report: Report | None
     """None for inductor."""
+    compile_s: float
+    """Of the first call, nothing of it from Inductor's or Triton's caches."""
 
 
-def ways() -> dict[str, dict[str, Any]]:
+def ways(auto_only: bool) -> dict[str, dict[str, Any]]:
     """By name what torch.compile is given."""
     always = {f"always {name}": {"sage.policy": "always", "sage.formats": name} for name in FORMATS}
-    ours = {**always, AUTO: {"sage.policy": "auto"}}
+    ours = ({} if auto_only else always) | {AUTO: {"sage.policy": "auto"}}
     return {
         BASELINE: {"backend": "inductor"},
         **{name: {"backend": "sage_inductor", "options": options} for name, options in ours.items()},
     }
 
 
-def compile_each(module: torch.nn.Module, inputs: Mapping[str, Any], reference: bool) -> dict[str, Compiled]:
+def compile_each(
+    module: torch.nn.Module, inputs: Mapping[str, Any], reference: bool, auto_only: bool = False
+) -> dict[str, Compiled]:
     """Those that compile, all on the same module; `reference`: also where plain torch would run a format.
 
     What rewrites nothing under `always` is left out, it is inductor once more; `auto` that keeps everything is not.
@@ -50,17 +56,20 @@ def compile_each(module: torch.nn.Module, inputs: Mapping[str, Any], reference: 
     torch._dynamo.reset()  # nothing of earlier shapes and models: neither their code nor their memory
     gc.collect()
     found: dict[str, Compiled] = {}
-    for name, how in ways().items():
+    for name, how in ways(auto_only).items():
         with or_left_out(name), recording() as reports:
             call = _compiled(module, inputs, how)
-            call()
+            start = time.perf_counter()
+            with fresh_cache():
+                call()
+            compile_s = time.perf_counter() - start
             report = None if name == BASELINE else sum(reports, start=Report(graphs=0))
             if report and name != AUTO and not report.used:
                 say(name, f"left out: {report.summary()}")
             elif report and not reference and "reference" in _providers(report):
                 say(name, "left out: the plain-torch reference would run it, which is slow; --reference times it")
             else:
-                found[name] = Compiled(call, report)
+                found[name] = Compiled(call, report, compile_s)
     return found
 
 
@@ -74,6 +83,7 @@ def rows(ways: Mapping[str, Compiled], measured: Mapping[str, Measurement]) -> I
             "ratio_to_inductor": round(measured[BASELINE].us / measurement.us, 4),
             "error": measurement.error,
             "timed": measurement.timed,
+            "compile_s": round(ways[name].compile_s, 2),
             "decisions": decided(report),
             "report": report.to_dict() if report else None,
         }

@@ -101,7 +101,7 @@ class AttendParameters(ctypes.Structure):
         *((name, Tensor) for name in ("q", "out")),
         ("prologue", PrologueParameters),
         *((name, c_void_p) for name in ("tiles", "flags")),
-        *((name, c_int) for name in ("batch", "heads", "group", "q_len", "kv_len", "head_dim")),
+        *((name, c_int) for name in ("batch", "heads", "group", "q_len", "kv_len", "head_dim", "ahead")),
         *((name, c_int) for name in ("row_tiles", "whole_tiles", "tail_rows", "kv_tiles")),
         ("scale_log2e", c_float),
         ("never", c_int),
@@ -152,15 +152,16 @@ def attention(
     scale: float,
     is_causal: bool,
     format: str,
+    causal_offset: int = 0,
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
 ) -> None:
-    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
+    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i + causal_offset where causal.
 
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
     A prologue is applied to q or k as they are read; with one, D must be 64, 96 or 128.
     """
-    check(q, k, v, out, format, FORMATS, max_head_dim=128)
+    check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
     _check_limits(q, k)
     variant = _variant(q.shape[3], q.dtype, format)
     with torch.cuda.device_of(q):
@@ -168,7 +169,7 @@ def attention(
         quantized = _quantize(k, v, k_prepared, format)
         _attend(
             q, k, v, quantized, out, q_prepared, k_prepared,
-            scale=scale, is_causal=is_causal, format=format, overlap=True,
+            scale=scale, is_causal=is_causal, causal_offset=causal_offset, format=format, overlap=True,
         )  # fmt: skip
 
 
@@ -215,7 +216,7 @@ def attend(
     with torch.cuda.device_of(q):
         _attend(
             q, k, v, quantized, out, _NOTHING, _NOTHING,
-            scale=scale, is_causal=is_causal, format=format, overlap=False,
+            scale=scale, is_causal=is_causal, causal_offset=0, format=format, overlap=False,
         )  # fmt: skip
 
 
@@ -230,6 +231,7 @@ def _attend(
     *,
     scale: float,
     is_causal: bool,
+    causal_offset: int,
     format: str,
     overlap: bool,
 ) -> None:
@@ -241,17 +243,19 @@ def _attend(
     flags = torch.empty((batch * heads, -(-q_len // FLAG_ROWS)), dtype=torch.int32, device=q.device)
     index = q.device.index
     consumers, processors = variant.schedule.consumers, _multiprocessors(index)
+    ahead = min(causal_offset, k.shape[2])
     cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
     parameters = AttendParameters(
         _tensor(q, variant), _tensor(out, variant), q_prepared.parameters, quantized.data_ptr(), flags.data_ptr(),
-        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, *cut, quantized.shape[1], scale * LOG2E, 0,
+        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, ahead,
+        *cut, quantized.shape[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
     stream = torch.cuda.current_stream(index).cuda_stream
     run = _attend_kernel(variant, is_causal, q_prepared.defines, index)
     run(blocks, parameters, stream, overlap=overlap)
     recompute_flagged(
-        q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
+        q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal, causal_offset=ahead,
         q_prologue=q_prepared.prologue, k_prologue=k_prepared.prologue, overlap=True,
     )  # fmt: skip
 
@@ -306,9 +310,9 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
     """What the kernels count in 32 bits, and that the tensors are where they can be read."""
     if q.device.type != "cuda":
         raise ValueError(f"q on {q.device}: hopper needs a CUDA device")
-    if max(q.shape[2], k.shape[2]) > 2**31 - 256 or q.shape[0] * q.shape[1] * (q.shape[2] // 64 + 1) >= 2**31:
+    if q.shape[2] + k.shape[2] > 2**31 - 256 or q.shape[0] * q.shape[1] * (q.shape[2] // 64 + 1) >= 2**31:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}: need fewer than 2^31 tokens and blocks of 64 queries"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}: need fewer than 2^31 tokens in both, and blocks of 64 queries"
         )
 
 

@@ -20,6 +20,7 @@ struct Parameters {
     unsigned* flags;
     int batch, heads, group;  // group: query heads that share a KV head
     int q_len, kv_len, head_dim;
+    int ahead;  // causal: query i sees the keys j <= i + ahead
     int row_tiles, whole_tiles, tail_rows;  // of one head, see Work
     int kv_tiles;
     float scale_log2e;
@@ -80,7 +81,7 @@ struct Work {
 
     // Tiles of K that rows before this one see.
     static __device__ __forceinline__ int tiles_until(const Parameters& p, int row) {
-        return ((CAUSAL ? min(row, p.kv_len) : p.kv_len) + TILE - 1) / TILE;
+        return ((CAUSAL ? min(row + p.ahead, p.kv_len) : p.kv_len) + TILE - 1) / TILE;
     }
 };
 
@@ -406,7 +407,7 @@ struct Consumer {
         const int start = tile * TILE + (FP8 ? 4 : 2) * t;  // of this thread's keys
         int last[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) last[r] = (CAUSAL ? min(p.kv_len - 1, row + 8 * r) : p.kv_len - 1) - start;
+        for (int r = 0; r < 2; ++r) last[r] = (CAUSAL ? min(p.kv_len - 1, row + 8 * r + p.ahead) : p.kv_len - 1) - start;
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
             const int j = i / 4, key = (FP8 ? j / 2 * 16 + j % 2 * 2 : j * 8) + i % 2;
@@ -592,7 +593,7 @@ struct Consumer {
         const int tiles = Work::tiles_until(p, min(first + 64, end));
         const int head = work.batch * p.heads + work.head;
         row = first + warp * 16 + lane / 4;
-        full = min(p.kv_len, CAUSAL ? first + 1 : p.kv_len) / TILE;
+        full = min(p.kv_len, CAUSAL ? first + 1 + p.ahead : p.kv_len) / TILE;
         stage_q(work.batch);
         if (CAUSAL) skip(all - tiles);
         softmax.start();

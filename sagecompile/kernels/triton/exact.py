@@ -27,6 +27,7 @@ def recompute_flagged(
     flag_rows: int = 0,
     scale: float,
     is_causal: bool,
+    causal_offset: int = 0,
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
     overlap: bool = False,
@@ -35,7 +36,7 @@ def recompute_flagged(
     its weight, cos and sin with adjacent channels, cos and sin with the same strides.
 
     flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
-    A flag makes its whole tile exact: 64 rows, or 32 in float32.
+    A flag makes its whole tile exact: 64 rows, or 32 in float32. Causal rows see the keys j <= i + causal_offset.
     overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
     """
@@ -50,8 +51,8 @@ def recompute_flagged(
     k_norm, k_rope, k_arguments = _arguments(k_prologue, k)
     with torch.cuda.device_of(q):
         _attend_flagged[(min(tiles, PROGRAMS),)](
-            q, k, v, out, flags, tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *q_arguments, *k_arguments,
+            q, k, v, out, flags, tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, causal_offset,
+            head_dim, *q.stride(), *k.stride(), *v.stride(), *out.stride(), *q_arguments, *k_arguments,
             Q_NORM=q_norm, Q_ROPE=q_rope, K_NORM=k_norm, K_ROPE=k_rope,
             FLAG_ROWS=flag_rows, IS_CAUSAL=is_causal, COLUMNS=64 if head_dim <= 64 else 128, ROWS=rows, KEYS=keys,
             AT_ONCE=32, OVERLAP=overlap, num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
@@ -112,9 +113,9 @@ def _weights(W, columns, head_dim, NORM: tl.constexpr):
     return tl.load(W + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tiles", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["tiles", "q_len", "kv_len", "ahead"])
 def _attend_flagged(
-    Q, K, V, OUT, FLAGS, tiles, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
+    Q, K, V, OUT, FLAGS, tiles, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
     Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn, k_eps,
@@ -132,7 +133,7 @@ def _attend_flagged(
             for tile in tl.range(start, tl.minimum(tiles, start + programs * AT_ONCE), programs):
                 if tl.max(_flags(FLAGS, tile + tl.arange(0, 1), tiles, group, q_len, FLAG_ROWS, ROWS), 0) != 0:
                     _attend_exact(
-                        tile, Q, K, V, OUT, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
+                        tile, Q, K, V, OUT, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
                         stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
                         stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
                         Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn,
@@ -157,7 +158,7 @@ def _flags(FLAGS, tile, tiles, group, q_len, FLAG_ROWS: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def _attend_exact(
-    tile, Q, K, V, OUT, scale_log2e, q_heads, group, q_len, kv_len, head_dim,
+    tile, Q, K, V, OUT, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
     Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn, k_eps,
@@ -191,8 +192,8 @@ def _attend_exact(
 
     # Whole tiles: every row sees every key of them, except keys past the end, whose K and V load as zero.
     if IS_CAUSAL:
-        whole = tl.minimum(first + 1, kv_len) // KEYS * KEYS
-        end = tl.minimum(first + ROWS, kv_len)
+        whole = tl.minimum(first + 1 + ahead, kv_len) // KEYS * KEYS
+        end = tl.minimum(first + ROWS + ahead, kv_len)
     else:
         whole = kv_len
         end = kv_len
@@ -220,7 +221,7 @@ def _attend_exact(
         )  # fmt: skip
         v_row = tl.load(V + _offset(token, stride_vn) + _offset(columns, stride_vd), mask=columns < head_dim, other=0.0)
         x = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1) * scale_log2e
-        visible = rows >= token
+        visible = rows + ahead >= token
         x = tl.where(visible, x, float("-inf"))
         row_max, rescale, p = _step(row_max, x[:, None], x)
         row_sum = row_sum * rescale + tl.sum(p, 1)
