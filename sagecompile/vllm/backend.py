@@ -105,13 +105,15 @@ class Builder(ParentBuilder):  # type: ignore[misc]
         return updated
 
     def _plan(self, common: Any) -> Plan | None:
-        starts, kv_lens = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound
+        """None where all stays vLLM's: also for what is padded for a CUDA graph, and what is not known to be split."""
+        requests = slice(common.num_reqs)
+        starts, kv_lens = common.query_start_loc_cpu[: common.num_reqs + 1].tolist(), common.seq_lens_cpu_upper_bound
         padded = starts[-1] != common.num_actual_tokens
         if padded or kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
             return None
         assert self._choose is not None
         prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
-        parts = parts_of(starts, kv_lens.tolist(), prefills.tolist(), self._choose)
+        parts = parts_of(starts, kv_lens[requests].tolist(), prefills[requests].tolist(), self._choose)
         if self._why_not_pages:
             parts = [part for part in parts if part.q_len == part.kv_len]
         count_batch(self._group, starts[-1])
