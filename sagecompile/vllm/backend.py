@@ -21,7 +21,7 @@ from sagecompile.decide import Keep
 
 from . import op  # noqa: F401  (registered before any graph that calls it is loaded)
 from .attention import PLAN, forward
-from .choice import Choose, chooser, settings
+from .choice import LEAST_QUERIES, Choose, chooser, settings
 from .counters import count_batch
 from .layer import site_of
 from .plan import Part, Plan, Rest, parts_of
@@ -106,17 +106,19 @@ class Builder(ParentBuilder):  # type: ignore[misc]
 
     def _plan(self, common: Any) -> Plan | None:
         """None where all stays vLLM's: also for what is padded for a CUDA graph, and what is not known to be split."""
-        requests = slice(common.num_reqs)
-        starts, kv_lens = common.query_start_loc_cpu[: common.num_reqs + 1].tolist(), common.seq_lens_cpu_upper_bound
-        padded = starts[-1] != common.num_actual_tokens
-        if padded or kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
+        requests, kv_lens = slice(common.num_reqs), common.seq_lens_cpu_upper_bound
+        tokens = int(common.query_start_loc_cpu[common.num_reqs])
+        count_batch(self._group, tokens)
+        if common.max_query_len < LEAST_QUERIES or tokens != common.num_actual_tokens:
+            return None
+        if kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
             return None
         assert self._choose is not None
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
         parts = parts_of(starts, kv_lens[requests].tolist(), prefills[requests].tolist(), self._choose)
         if self._why_not_pages:
             parts = [part for part in parts if part.q_len == part.kv_len]
-        count_batch(self._group, starts[-1])
         if not parts:
             return None
         return Plan(tuple(parts), self._rest(common, starts, kv_lens, parts), self._ours, common.causal)

@@ -14,7 +14,7 @@ KINDS = {"decoder": True, "encoder_only": False}
 """vLLM's types of attention that we do, and whether each is causal."""
 
 PLAIN = ("Attention", "EncoderOnlyAttention")
-"""vLLM's classes of layers that mean nothing but attention; MLA, cross-attention and others are classes of their own."""
+"""vLLM's classes of layers that are attention and nothing else; MLA, cross-attention and others have their own."""
 
 
 def site_of(layer: Any, device: str) -> AttentionSite:

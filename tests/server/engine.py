@@ -21,33 +21,31 @@ def main(what: dict[str, Any]) -> dict[str, Any]:
     from sagecompile import report
 
     with report.recording() as reports:
-        llm = LLM(**what["llm"])
+        llm = LLM(**what["llm"], disable_log_stats=False)
     prompts = [{"prompt_token_ids": ids} for ids in what["prompts"]]
     if what["llm"].get("runner") == "pooling":
         results: list[Any] = [out.outputs.embedding for out in llm.embed(prompts, use_tqdm=False)]
     else:
-        how = SamplingParams(
-            max_tokens=what["max_tokens"], temperature=0, detokenize=False, logprobs=2, ignore_eos=True
-        )
-        results = [
-            {
-                "tokens": list(out.outputs[0].token_ids),
-                "best": [
-                    sorted((one.logprob for one in at.values()), reverse=True)[:2] for at in out.outputs[0].logprobs
-                ],
-            }
-            for out in llm.generate(prompts, how, use_tqdm=False)
-        ]
+        how = SamplingParams(max_tokens=what["max_tokens"], temperature=0, detokenize=False, logprobs=2)
+        outputs = [out.outputs[0] for out in llm.generate(prompts, how, use_tqdm=False)]
+        results = [{"tokens": list(out.token_ids), "best": [_best(at) for at in out.logprobs]} for out in outputs]
         scored = [{"prompt_token_ids": ids} for ids in what.get("scored", [])]
         how = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=0)
         for out, prompt in zip(llm.generate(scored, how, use_tqdm=False), scored, strict=True):
             ids = prompt["prompt_token_ids"]
             results.append([at[token].logprob for at, token in zip(out.prompt_logprobs[1:], ids[1:], strict=True)])
-    found = {"results": results, "reports": [one.to_dict() for one in reports], "done": {}, "seen": {}}
+    preempted = [one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions"]
+    found = {"results": results, "preemptions": sum(preempted), "done": {}, "seen": {}}
+    found["reports"] = [one.to_dict() for one in reports]
     if "sagecompile.vllm.counters" in sys.modules:
         counts = sys.modules["sagecompile.vllm.counters"].counts
         found |= {"done": dict(counts.done), "seen": dict(counts.seen)}
     return found
+
+
+def _best(at: dict[int, Any]) -> list[float]:
+    """The two largest log-probabilities of a position."""
+    return sorted((one.logprob for one in at.values()), reverse=True)[:2]
 
 
 if __name__ == "__main__":

@@ -12,21 +12,23 @@ import random
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-pytestmark = pytest.mark.vllm
+from sagecompile.cli.bench.serve import PASS
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: .ci/vllm runs these"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 BYTE_LM = ROOT / "examples" / "byte_lm"
-PASS = {
-    "use_inductor_graph_partition": True,
-    "inductor_passes": {"post_grad_custom_post_pass": "sagecompile.vllm_pass"},
-}
 CUSTOM = {"attention_backend": "CUSTOM", "enforce_eager": True}
 NEAR_TIE = 0.1
 """Of the two best log-probabilities, where rounding may choose the other: twice the largest error seen in one, 0.05."""
@@ -149,6 +151,18 @@ def test_the_backend_without_compilation(custom, plain):
     assert_same_probabilities(found, plain[0])
 
 
+def test_under_duress(tmp_path, plain):
+    """Pass and backend at once, drafts of 3 tokens, and so few cache blocks that requests are put off and done anew."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    scarce = byte_lm(**CUSTOM | {"enforce_eager": False}, compilation_config=PASS, speculative_config=drafts)
+    scarce["llm"] |= {"num_gpu_blocks_override": 40}
+    scarce["scored"] = []
+    found, _ = run(tmp_path, scarce)
+    assert found["preemptions"] > 0
+    assert len(found["done"]) == 6
+    assert_same_text(found, plain[0])
+
+
 def test_never_is_vllms_own(tmp_path, plain):
     """Down to the bit, whatever ran beside it, compiled or not."""
     found, log = run(tmp_path, byte_lm(compilation_config=PASS), SAGECOMPILE_POLICY="never")
@@ -184,8 +198,10 @@ def test_a_model_that_stays_starts_and_says_why(tmp_path, config, reason):
 
 def test_an_encoder(tmp_path):
     """Bidirectional attention without a KV cache, prompts of several requests in one batch, one of them short."""
-    what = random_model(tmp_path, architectures=["BertModel"], model_type="bert", hidden_act="gelu")
-    what["llm"] |= {"runner": "pooling", "skip_tokenizer_init": False}
+    what = random_model(tmp_path)
+    what["llm"] |= {"runner": "pooling", "skip_tokenizer_init": False, "load_format": "auto"}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, vocab_size=256, initializer_range=0.2)).save_pretrained(tmp_path)
     words = Tokenizer(WordLevel({str(i): i for i in range(256)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0").save_pretrained(tmp_path)
     ours, _ = run(tmp_path, what)
@@ -193,4 +209,5 @@ def test_an_encoder(tmp_path):
     assert set(ours["done"].values()) == {300} and own["done"] == {}
     for mine, theirs in zip(ours["results"], own["results"], strict=True):
         assert sum(a * b for a, b in zip(mine, theirs, strict=True)) > 0.999  # of unit vectors
-    assert ours["results"][0] != own["results"][0] and ours["results"][2] == own["results"][2]
+    assert ours["results"][0] != own["results"][0]
+    assert ours["results"][2] == pytest.approx(own["results"][2], abs=1e-5)  # too short to be ours
