@@ -1,8 +1,8 @@
 """The attention backend: the platform's own, whose metadata also says what our kernels do of each batch.
 
 In: CommonAttentionMetadata, of which only what is on the host is read. Out: the parent's metadata with a Plan. It is
-registered under CUSTOM and in the place of its parent, and does anything at all only in a server that asks for us:
-with the pass, which makes the compiled graph carry the plan out, or as CUSTOM, where the implementation does.
+registered as CUSTOM, where its implementation carries the plan out, and in the place of its parent for the pass, whose
+op does. In a server that asks for neither it is the parent.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sagecompile.decide import Keep
 
+from . import op  # noqa: F401  (registered before any graph that calls it is loaded)
 from .attention import PLAN, forward
-from .choice import Choose, chooser, settings
+from .choice import LEAST_QUERIES, Choose, chooser, settings
 from .counters import count_batch
 from .layer import site_of
 from .plan import Part, Plan, Rest, parts_of
@@ -29,9 +30,8 @@ from .versions import Index, is_known, own_backend, split_fields, why_not_pages
 logger = init_logger("vllm.sagecompile")
 PASS = "sagecompile.vllm_pass"
 
-_own = own_backend()
-assert _own is not None, "the plugin registers this module only where there is one"
-Parent: Any = resolve_obj_by_qualname(_own.value)
+own = own_backend()
+Parent: Any = resolve_obj_by_qualname(own.value)
 ParentBuilder: Any = Parent.get_builder_cls()
 ParentImpl: Any = Parent.get_impl_cls()
 
@@ -53,6 +53,7 @@ class Builder(ParentBuilder):  # type: ignore[misc]
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._choose: Choose | None = None
         self._ours: frozenset[str] = frozenset()
+        self._group = layer_names[0] if layer_names else ""
         if has_pass(vllm_config) or is_custom(vllm_config):
             self._look_at_layers(layer_names, vllm_config, device)
 
@@ -104,16 +105,20 @@ class Builder(ParentBuilder):  # type: ignore[misc]
         return updated
 
     def _plan(self, common: Any) -> Plan | None:
-        starts, kv_lens = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound
-        padded = starts[-1] != common.num_actual_tokens
-        if padded or kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
+        """None where all stays vLLM's: also for what is padded for a CUDA graph, and what is not known to be split."""
+        requests, kv_lens = slice(common.num_reqs), common.seq_lens_cpu_upper_bound
+        tokens = int(common.query_start_loc_cpu[common.num_reqs])
+        count_batch(self._group, tokens)
+        if common.max_query_len < LEAST_QUERIES or tokens != common.num_actual_tokens:
+            return None
+        if kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
             return None
         assert self._choose is not None
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
-        parts = parts_of(starts, kv_lens.tolist(), prefills.tolist(), self._choose)
+        parts = parts_of(starts, kv_lens[requests].tolist(), prefills[requests].tolist(), self._choose)
         if self._why_not_pages:
             parts = [part for part in parts if part.q_len == part.kv_len]
-        count_batch(starts[-1], sum(part.q_len for part in parts))
         if not parts:
             return None
         return Plan(tuple(parts), self._rest(common, starts, kv_lens, parts), self._ours, common.causal)

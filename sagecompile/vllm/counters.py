@@ -1,15 +1,16 @@
 """How much of a server's work goes through our kernels, as it says in its log.
 
-In: each batch, and each request that a kernel of ours did in a layer. Out: `Counts`, and a line in vLLM's log when they
-have changed, at most every `INTERVAL_S` seconds and at the end of the process.
+In: each batch, and each request that a kernel of ours did in a layer. Out: `Counts`, and a line in vLLM's log whenever
+they have changed within `INTERVAL_S` seconds, like vLLM's own of its throughput.
 """
 
 from __future__ import annotations
 
-import multiprocessing.util
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 
 from vllm.logger import init_logger
 
@@ -21,21 +22,16 @@ INTERVAL_S = 10.0
 class Counts:
     """Of this process."""
 
-    tokens: int = 0
-    """In all batches."""
-    planned: int = 0
-    """Of these, those of requests that a plan gave to our kernels."""
+    seen: Counter[str] = field(default_factory=Counter)
+    """Tokens of all batches, by the group of layers that they were planned for; decodes in CUDA graphs among them."""
     done: Counter[str] = field(default_factory=Counter)
     """Tokens that our kernels did, by layer."""
-    said: int = 0
-    """`tokens` at the last line in the log."""
-    said_at: float = 0.0
 
     def line(self) -> str:
         """What the log says."""
-        layers = len(self.done)
-        share = 100 * self.planned / max(1, self.tokens)
-        return f"sagecompile: {self.planned} of {self.tokens} tokens ({share:.1f}%) by our kernels in {layers} layers"
+        seen, done = (max(tokens.values(), default=0) for tokens in (self.seen, self.done))
+        share = 100 * done / max(1, seen)
+        return f"sagecompile: {done} of {seen} tokens ({share:.1f}%) by our kernels in {len(self.done)} layers"
 
 
 counts = Counts()
@@ -46,20 +42,21 @@ def count(layer: str, tokens: int) -> None:
     counts.done[layer] += tokens
 
 
-def count_batch(tokens: int, planned: int) -> None:
-    """A batch was planned."""
-    counts.tokens += tokens
-    counts.planned += planned
-    if time.monotonic() - counts.said_at >= INTERVAL_S:
-        say()
+def count_batch(group: str, tokens: int) -> None:
+    """A batch is about to run."""
+    _start_saying()
+    counts.seen[group] += tokens
 
 
-def say() -> None:
-    """Write the line, if there is anything new in it."""
-    if counts.tokens > counts.said:
-        counts.said, counts.said_at = counts.tokens, time.monotonic()
-        logger.info(counts.line())
+@cache
+def _start_saying() -> None:
+    threading.Thread(target=_say, name="sagecompile counters", daemon=True).start()
 
 
-# Also in vLLM's own processes, which end without atexit.
-multiprocessing.util.Finalize(None, say, exitpriority=1)
+def _say() -> None:
+    said = ""
+    while True:
+        time.sleep(INTERVAL_S)
+        if counts.line() != said:
+            said = counts.line()
+            logger.info(said)

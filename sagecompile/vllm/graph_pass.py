@@ -80,4 +80,5 @@ def graph_pass() -> GraphPass:
     """The one of this process. Raises OptionError for an impossible SAGECOMPILE_ variable."""
     settings()
     plugin.register()
+    plugin.take_place()
     return GraphPass()

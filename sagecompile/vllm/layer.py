@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention
-
 from sagecompile.site import AttentionSite
 
 KINDS = {"decoder": True, "encoder_only": False}
 """vLLM's types of attention that we do, and whether each is causal."""
+
+PLAIN = ("Attention", "EncoderOnlyAttention")
+"""vLLM's classes of layers that are attention and nothing else; MLA, cross-attention and others have their own."""
 
 
 def site_of(layer: Any, device: str) -> AttentionSite:
@@ -39,8 +40,8 @@ def site_of(layer: Any, device: str) -> AttentionSite:
 
 
 def _obstacle(layer: Any) -> str | None:
-    if type(layer) not in (Attention, EncoderOnlyAttention):
-        return f"{type(layer).__name__}: needs plain attention"
+    if type(layer).__name__ not in PLAIN:
+        return f"{type(layer).__name__}: needs one of {', '.join(PLAIN)}"
     impl = layer.impl
     if not getattr(layer.attn_backend, "makes_plans", False):
         return f"attention backend {layer.attn_backend.get_name()}: needs one that ours is built on, or CUSTOM"

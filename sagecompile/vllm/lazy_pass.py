@@ -9,12 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 
-class LazyPass:
-    """Stands for `graph_pass.graph_pass()`."""
+def _load() -> Any:
+    from .graph_pass import graph_pass
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
-        return type(_load())
+    return graph_pass()
+
+
+class LazyPass:
+    """Stands for `graph_pass.graph_pass()`: of its class, as isinstance sees it, and with its methods."""
+
+    __class__ = property(lambda self: type(_load()))
 
     def __call__(self, graph: Any) -> None:
         _load()(graph)
@@ -26,12 +30,6 @@ class LazyPass:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _load, ()
-
-
-def _load() -> Any:
-    from .graph_pass import graph_pass
-
-    return graph_pass()
 
 
 vllm_pass = LazyPass()

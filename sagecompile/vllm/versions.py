@@ -51,11 +51,13 @@ UNKNOWN = ("encoder_seq_lens", "dcp_local_seq_lens", "rswa_prefix_lens", "mm_req
 """Of CommonAttentionMetadata: what a batch with any of these is made of we do not know."""
 
 
-def own_backend() -> AttentionBackendEnum | None:
-    """The one that this platform uses by itself and that ours is built on; None where there is none for us."""
+def own_backend() -> AttentionBackendEnum:
+    """The one that this platform uses by itself and that ours is built on."""
     if current_platform.is_cpu():
         return AttentionBackendEnum.CPU_ATTN
-    return AttentionBackendEnum.FLASH_ATTN if current_platform.is_cuda() else None
+    if current_platform.is_cuda():
+        return AttentionBackendEnum.FLASH_ATTN
+    raise ImportError(f"sagecompile has kernels for CUDA and CPU, none for {current_platform.device_name}")
 
 
 def pages(layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Time what sagecompile changes: attention alone, a block around it, whole models; and judge its decisions.
+"""Time what sagecompile changes: attention alone, a block around it, whole models, a server; judge its decisions.
 
 In: the command line. Out: a table, each figure beside its error; JSON; a plot.
 Only the command line is here, so that `--help` loads no torch; each benchmark is the file of its name.
@@ -11,7 +11,7 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
-HELP = "time attention, a block or whole models against what torch has, each figure beside its error"
+HELP = "time attention, a block, whole models or a vLLM server against what there is, each figure beside its error"
 DTYPES = ("float16", "bfloat16", "float32")
 ROPES = ("half", "interleaved")
 MODELS = (
@@ -126,6 +126,26 @@ def _add_decision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=_file, metavar="FILE.png", help="draw predicted against measured, and regrets")
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    """the same requests to two vLLM servers, without us and with the pass
+
+    Prompts are random tokens, answers greedy; requests keep their order, --concurrency at a time. `ours` is the share
+    of tokens in all batches that our kernels did, as the server's log says; `alike` how many answers are the first
+    server's to the token: quantization may choose otherwise between tokens that are nearly as likely. Memory is that
+    of the GPU, or of the server's processes on a CPU. Arguments after `--` go to both servers.
+    """
+    parser.add_argument("model", help="as vllm takes it")
+    parser.add_argument("--lengths", type=_integers, default=[512, 1024, 4096], help="in turn; default 512,1024,4096")
+    parser.add_argument("--requests", type=_positive, default=96, help="default 96")
+    parser.add_argument("--concurrency", type=_positive, default=8, help="default 8")
+    parser.add_argument("--output-length", type=_positive, default=32, help="tokens of an answer; default 32")
+    parser.add_argument("--vocabulary", type=_positive, default=256, help="tokens are below this; default 256")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--policy", choices=("auto", "always"), default="auto", help="of the second; default auto")
+    parser.add_argument("--logs", type=_folder, metavar="DIR", help="keep the servers' logs there")
+    parser.add_argument("--plot", type=_file, metavar="FILE.png", help="draw the time to the first token by length")
+
+
 def _add_reference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", action="store_true", help="time the plain-torch reference as well, which is slow"
@@ -192,6 +212,7 @@ BENCHMARKS = {
     "block": _add_block,
     "models": _add_models,
     "decision": _add_decision,
+    "serve": _add_serve,
 }
 
 
@@ -206,6 +227,12 @@ class _names:
         if unknown := [name for name in names if name not in self.known]:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: can be {', '.join(self.known)}")
         return names
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return Path(text)
 
 
 def _file(text: str) -> Path:
