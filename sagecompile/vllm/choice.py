@@ -19,6 +19,13 @@ from sagecompile.site import AttentionSite
 LEAST_QUERIES = 64
 """Of a request, for a launch of its own; also more than any request that decodes has, with drafts."""
 
+LAUNCHES_FLOPS = 5e11
+"""Of a layer's matrix products for one request: the fastest GPU that was measured takes 0.6 ms for them, in which the
+host launches attention and more."""
+
+OVER_SDPA = {"cuda": 1.1, "cpu": 1.0}
+"""How much faster vLLM's own attention is at most than SDPA, with which profiles compare: FlashAttention-3 on an H200."""
+
 Choose = Callable[[int, int], Decision]
 """(q_len, kv_len) to what runs them."""
 
@@ -37,6 +44,8 @@ def can_run(site: AttentionSite, format: str, provider: str) -> str | None:
 def chooser(site: AttentionSite, ours: Settings) -> Choose:
     """For requests of a layer; the site's own lengths do not count."""
 
+    wanted = replace(ours, min_speedup=ours.min_speedup * OVER_SDPA[site.device_type])
+
     @lru_cache(maxsize=1 << 14)
     def choose(q_len: int, kv_len: int) -> Decision:
         if q_len < LEAST_QUERIES:
@@ -49,9 +58,17 @@ def chooser(site: AttentionSite, ours: Settings) -> Choose:
             return can_run(site, format, provider)
 
         asked = replace(site, q_len=length, kv_len=length)
-        return decide(asked, available.device(site.device), ours, able)
+        return decide(asked, available.device(site.device), wanted, able, cuda_graphs=hides_launches(site, q_len))
 
     return choose
+
+
+def hides_launches(site: AttentionSite, q_len: int) -> bool:
+    """Whether the device is busy with the layer for so long that launches cost nothing, as in a CUDA graph.
+
+    About 24 * hidden^2 operations a token: projections, and an MLP four times as wide as the heads together.
+    """
+    return site.device_type == "cuda" and 24.0 * q_len * (site.heads * site.head_dim) ** 2 >= LAUNCHES_FLOPS
 
 
 def square(q_len: int, kv_len: int) -> int:
