@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "ops": {"errors", "formats", "kernels"},
     "passes": {"decide", "formats", "kernels", "ops", "report", "site"},
     "backend": {"cost", "decide", "dump", "kernels", "ops", "passes", "report", "settings", "site", "sources"},
-    "vllm": {"decide", "formats", "kernels", "ops", "passes", "report", "settings", "site", "sources"},
+    "vllm": {"decide", "errors", "formats", "kernels", "ops", "passes", "report", "settings", "site", "sources"},
     "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
 }
 """cli -> backend -> passes -> decide -> cost, formats, site; ops -> kernels. Never the other way."""

@@ -38,7 +38,7 @@ def forward(
     plan: Plan | None = getattr(metadata, PLAN, None)
     scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
     quantized = output_scale is not None or output_block_scale is not None or query.dtype != layer.dtype
-    if plan is None or layer.layer_name not in plan.layers or quantized or _is_capturing(query):
+    if plan is None or layer.layer_name not in plan.layers or quantized or is_capturing(query):
         return vllms(layer, query, key, value, kv_cache, metadata, output=output, **scales)
     for part in plan.parts:
         _attend(part, plan.is_causal, layer, query, key, value, kv_cache, metadata.block_table, output)
@@ -50,7 +50,8 @@ def forward(
     return output
 
 
-def _is_capturing(x: torch.Tensor) -> bool:
+def is_capturing(x: torch.Tensor) -> bool:
+    """Whether what is launched on a tensor's device goes into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

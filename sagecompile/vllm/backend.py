@@ -30,8 +30,7 @@ from .versions import Index, is_known, own_backend, split_fields, why_not_pages
 logger = init_logger("vllm.sagecompile")
 PASS = "sagecompile.vllm_pass"
 
-own = own_backend()
-Parent: Any = resolve_obj_by_qualname(own.value)
+Parent: Any = resolve_obj_by_qualname(own_backend().value)
 ParentBuilder: Any = Parent.get_builder_cls()
 ParentImpl: Any = Parent.get_impl_cls()
 

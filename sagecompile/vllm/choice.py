@@ -24,7 +24,7 @@ LAUNCHES_FLOPS = 5e11
 host launches attention and more."""
 
 OVER_SDPA = {"cuda": 1.1, "cpu": 1.0}
-"""How much faster vLLM's own attention is than SDPA, with which profiles compare: FlashAttention-3 on an H200, at most."""
+"""How much faster vLLM's own attention is than SDPA, with which profiles compare: at most, FlashAttention-3 here."""
 
 Choose = Callable[[int, int], Decision]
 """(q_len, kv_len) to what runs them."""

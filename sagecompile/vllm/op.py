@@ -10,11 +10,13 @@ import functools
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import attention as vllms
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import _resolve_layer_name, direct_register_custom_op
 
-from .attention import forward
+from .attention import forward, is_capturing
 from .versions import eager_break_during_capture
 
 NAME = "unified_attention_with_output"
@@ -35,6 +37,8 @@ def attend(
     kv_cache_dummy_dep: torch.Tensor | None = None,
 ) -> None:
     """`kv_cache_dummy_dep` is there for its order alone: after the KV cache's update."""
+    piece = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+    assert not (piece and is_capturing(query)), "Inductor put attention into a CUDA graph of a piece"
     metadata, layer, kv_cache, _ = vllms.get_attention_context(_resolve_layer_name(layer_name))
     tensors = query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
     forward(layer.impl.forward, layer, *tensors)

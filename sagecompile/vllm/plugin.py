@@ -11,6 +11,7 @@ from functools import cache
 
 logger = logging.getLogger("vllm.sagecompile")
 BACKEND = "sagecompile.vllm.backend.Backend"
+"""By its name: what it is built on is imported when vLLM chooses a backend, and not before."""
 
 
 @cache
@@ -19,24 +20,21 @@ def register() -> None:
     try:
         from vllm.platforms import current_platform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    except ImportError as error:
+
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+        if current_platform.is_cpu():  # where vLLM takes its own whatever is chosen: so ours is in its place
+            from . import backend  # noqa: F401  (what fails, fails here)
+
+            take_place()
+    except (ImportError, AttributeError) as error:
         logger.warning("sagecompile: this version of vLLM is not known (%s); 0.20.2 and 0.32 are", error)
-        return
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-    if (
-        current_platform.is_cpu()
-    ):  # the only platform that does not ask for CUSTOM: it takes its own, whatever is chosen
-        take_place()
 
 
 @cache
 def take_place() -> None:
-    """Register our backend in the place of the platform's own, which it is built on: for the pass."""
-    try:
-        from vllm.v1.attention.backends.registry import register_backend
+    """Register our backend in the place of the platform's own, for the pass. Raises UnsupportedError if it has none."""
+    from vllm.v1.attention.backends.registry import register_backend
 
-        from .backend import own
-    except (ImportError, AttributeError) as error:
-        logger.warning("sagecompile: nothing is made faster: this vLLM is not known (%s); 0.20.2 and 0.32 are", error)
-        return
-    register_backend(own, BACKEND)
+    from .versions import own_backend
+
+    register_backend(own_backend(), BACKEND)

@@ -13,6 +13,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from sagecompile.errors import UnsupportedError
+
 try:
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 except ImportError:  # before 0.3x there are no CUDA graphs with breaks in them
@@ -57,7 +59,7 @@ def own_backend() -> AttentionBackendEnum:
         return AttentionBackendEnum.CPU_ATTN
     if current_platform.is_cuda():
         return AttentionBackendEnum.FLASH_ATTN
-    raise ImportError(f"sagecompile has kernels for CUDA and CPU, none for {current_platform.device_name}")
+    raise UnsupportedError(f"{current_platform.device_name}: sagecompile needs CUDA or a CPU; leave its pass out")
 
 
 def pages(layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

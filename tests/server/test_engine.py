@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BYTE_LM = ROOT / "examples" / "byte_lm"
 CUSTOM = {"attention_backend": "CUSTOM", "enforce_eager": True}
 NEAR_TIE = 0.1
-"""Of the two best log-probabilities, where rounding may choose the other: twice the largest error seen in one, 0.05."""
+"""Between the two best log-probabilities: below it, rounding may choose the other."""
 
 
 @cache

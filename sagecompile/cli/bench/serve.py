@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,21 @@ async def ask(client: Any, model: str, prompt: Sequence[int], output_length: int
 def figures(answers: Sequence[Answer], seconds: float) -> dict[str, float]:
     """Milliseconds to the first token and between tokens, and tokens a second, of prompts and in all."""
     first = sorted(1e3 * one.at[0] for one in answers)
-    between = sorted(1e3 * (b - a) for one in answers for a, b in zip(one.at, one.at[1:], strict=False))
+    between = sorted(1e3 * (b - a) for one in answers for a, b in pairwise(one.at)) or [0.0]
     read, written = sum(one.length for one in answers), sum(len(one.tokens) for one in answers)
     return {
         "ttft_ms": statistics.median(first),
-        "ttft_p99_ms": first[int(0.99 * (len(first) - 1))],
-        "itl_ms": statistics.median(between or [0.0]),
-        "itl_p99_ms": between[int(0.99 * (len(between) - 1))] if between else 0.0,
+        "ttft_p99_ms": _p99(first),
+        "itl_ms": statistics.median(between),
+        "itl_p99_ms": _p99(between),
         "prompt_tokens_per_s": read / seconds,
         "tokens_per_s": (read + written) / seconds,
     }
+
+
+def _p99(ordered: Sequence[float]) -> float:
+    """What at most one in a hundred is above."""
+    return ordered[math.ceil(0.99 * len(ordered)) - 1]
 
 
 HEADER = (
