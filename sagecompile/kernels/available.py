@@ -11,6 +11,7 @@ import platform
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     if site.head_dim > FORMATS[format].max_head_dim:
         return f"head_dim {site.head_dim}: needs at most {FORMATS[format].max_head_dim}"
     padded = min(d for d in FORMATS[format].native_head_dims if d >= site.head_dim)
-    return _trial(provider, format, site.device, padded, site.dtype, site.is_causal)
+    return _tried(provider, format, site.device, padded, site.dtype, site.is_causal)
 
 
 def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]:
@@ -104,7 +105,7 @@ def prologue_refusal(site: AttentionSite, format: str, provider: str, q: Kind, k
     """Why a provider that runs this site cannot do these prologues of its q and k as well, or None if it can."""
     if provider == "reference":
         return None
-    return _trial(provider, format, site.device, site.head_dim, site.dtype, site.is_causal, (q, k))
+    return _tried(provider, format, site.device, site.head_dim, site.dtype, site.is_causal, (q, k))
 
 
 def _limit(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
@@ -151,6 +152,17 @@ def _sageattention_installed() -> tuple[str | None, str]:
     return sageattention.installed()
 
 
+_NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+def _tried(provider: str, *what: Any) -> str | None:
+    """As `_trial`, which is remembered unless memory was short: there may be more the next time."""
+    try:
+        return _trial(provider, *what)
+    except _NO_MEMORY as failure:
+        return f"{provider} not tried: {str(failure).strip() or 'no memory'}"
+
+
 @cache
 def _trial(
     provider: str,
@@ -161,10 +173,15 @@ def _trial(
     is_causal: bool,
     prologues: tuple[Kind, Kind] | None = None,
 ) -> str | None:
-    """Build and launch the kernel on a small input and compare it with SDPA; the failure as text, or None."""
+    """Build and launch the kernel on a small input and compare it with SDPA; the failure as text, or None.
+
+    Raises what a machine without memory raises.
+    """
     try:
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             error = _trial_error(provider, format, torch.device(device_name), head_dim, dtype, is_causal, prologues)
+    except _NO_MEMORY:
+        raise
     # Broad on purpose: whatever a broken package, compiler or driver raises, the model must still run without us.
     except Exception as failure:
         reason = f"{provider} failed: {type(failure).__name__}: {str(failure).strip() or 'no message'}"

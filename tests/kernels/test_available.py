@@ -147,6 +147,21 @@ def test_a_model_still_runs_on_a_broken_kernel(install):
     assert reports[0].kept[0].decision.reason == "triton failed: RuntimeError: ptxas fatal: no such instruction"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_trial_that_found_no_memory_is_made_again(install, error):
+    tried = []
+
+    def hungry(q, k, v, out, **how):
+        tried.append(q)
+        if len(tried) == 1:
+            raise error("no memory left")
+        sdpa(q, k, v, out, **how)
+
+    install(hungry)
+    reasons = [available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) for _ in range(3)]
+    assert reasons == ["triton not tried: no memory left", None, None] and len(tried) == 2
+
+
 def test_the_trial_leaves_the_users_random_numbers_alone(install):
     install(sdpa)
     torch.manual_seed(0)
