@@ -16,6 +16,7 @@ def main() -> None:
         str(BYTE_LM / "model"),
         dtype="float32",
         skip_tokenizer_init=True,  # a token is a byte
+        gpu_memory_utilization=0.5,  # of the CPU's memory, on a CPU
         compilation_config={"use_inductor_graph_partition": True, "inductor_passes": passes},
     )
     text = (BYTE_LM / "heldout.txt").read_bytes()[:1500]
