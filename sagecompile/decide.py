@@ -6,11 +6,11 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from .cost import Alternative, Measures, Prediction, predict
-from .formats import FORMATS, PROVIDERS, Format, Provider
+from .cost import NEAR, Alternative, Measures, Prediction, predict
+from .formats import FORMATS, PROVIDERS, Format, Provider, beats
 from .settings import Settings
 from .site import AttentionSite, Device
 
@@ -88,16 +88,22 @@ def decide(
                 wanted = (site, name, provider.name, device.name, settings.min_speedup, cuda_graphs)
                 prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
                 candidates.append(Use(name, provider.name, prediction))
-    while candidates:
-        chosen = _faster(candidates, site, device, settings, can_run, local) if auto else candidates[0]
-        if isinstance(chosen, Keep):
-            refusals.append(chosen.reason)
-            break
-        refused = can_run(site, chosen.format, chosen.provider)
-        if refused is None:
-            return _if_long_enough(chosen, site)
-        refusals.append(refused)
-        candidates = [use for use in candidates if use.alternative != chosen.alternative]
+    refused: dict[Alternative, str | None] = {}
+
+    def runs(use: Use) -> bool:
+        """Asked once a decision: the answer may depend on how much memory there is now."""
+        if use.alternative not in refused:
+            refused[use.alternative] = can_run(site, use.format, use.provider)
+        return refused[use.alternative] is None
+
+    if auto:
+        chosen = _fastest(candidates, site, device, settings, runs, local)
+    else:
+        chosen = next(filter(runs, candidates), None)
+    if isinstance(chosen, Use):
+        return _if_long_enough(chosen, site)
+    refusals += [reason for reason in refused.values() if reason is not None]
+    refusals += [chosen.reason] if chosen else []
     return Keep("; ".join(dict.fromkeys(refusals)) or f"device {device.type}: no provider runs on it")
 
 
@@ -107,53 +113,81 @@ def _is_for(provider: Provider, device: Device) -> bool:
 
 
 def _if_long_enough(use: Use, site: AttentionSite) -> Decision:
-    """The one comparison of lengths that are symbols."""
+    """The one comparison of lengths that are symbols; what is a number is compared first, and adds no guard."""
     least = use.prediction.at_least if use.prediction else 0
-    if least == 0 or (site.q_len >= least and site.kv_len >= least):
+    lengths = sorted((site.q_len, site.kv_len), key=lambda length: not isinstance(length, int))
+    if least == 0 or all(length >= least for length in lengths):
         return use
     return Keep(f"fewer than {least} tokens: {use.format} by {use.provider} wins from there on")
 
 
-def _faster(
+def _fastest(
     candidates: list[Use],
     site: AttentionSite,
     device: Device,
     settings: Settings,
-    can_run: CanRun,
+    runs: Callable[[Use], bool],
     local: Measures | None,
-) -> Decision:
-    """The candidate with the largest speed-up of at least `min_speedup`, the first of equal ones; Keep if none has it.
+) -> Use | Keep | None:
+    """Of those that run the one with the largest speed-up of at least `min_speedup`, the first of equal ones.
 
     Of what another candidate beats only a prediction is looked at. With `local`, what is not sure is measured first.
     """
-    contenders = [use for use in candidates if use.prediction or not any(_beats(other, use) for other in candidates)]
-    found: Mapping[Alternative, Prediction] | str = {}
-    if local:
-        unsure = [use for use in contenders if use.prediction is None or not use.prediction.sure]
-        for use in unsure:
-            if can_run(site, use.format, use.provider) is not None:
-                return use  # which says why not
-        found = local.measure(site, [use.alternative for use in unsure]) if unsure else {}
-    why_not, found = (found, {}) if isinstance(found, str) else ("", found)
-    predicted = [replace(use, prediction=found.get(use.alternative, use.prediction)) for use in contenders]
-    wins = [use for use in predicted if use.prediction and use.prediction.speedup >= settings.min_speedup]
-    if wins:
-        return max(wins, key=lambda use: use.prediction.speedup if use.prediction else 0.0)
+    left, measured, why_not = list(candidates), set[Alternative](), ""
+    while left:
+        contenders = [
+            use
+            for use in left
+            if use.prediction or not any(beats(other.alternative, use.alternative) for other in left)
+        ]
+        unsure = [use for use in _unsure(contenders) if use.alternative not in measured]
+        if local and unsure and not why_not:
+            why_not = local.why_not(site, len(unsure)) or ""
+            broken = [use for use in unsure if not why_not and not runs(use)]
+            if not why_not and not broken:
+                measured |= {use.alternative for use in unsure}
+                found = local.measure(site, [use.alternative for use in unsure])
+                why_not, found = (found, {}) if isinstance(found, str) else ("", found)
+                left = [replace(use, prediction=found.get(use.alternative, use.prediction)) for use in left]
+            left = [use for use in left if use not in broken]
+            continue
+        wins = [use for use in contenders if _speedup(use) >= settings.min_speedup]
+        if not wins:
+            return _too_slow(contenders, device, settings, why_not)
+        best = max(wins, key=_speedup)
+        if runs(best):
+            return best
+        left.remove(best)
+    return None
+
+
+def _speedup(use: Use) -> float:
+    return use.prediction.speedup if use.prediction else 0.0
+
+
+def _unsure(contenders: list[Use]) -> list[Use]:
+    """Those that a measurement may decide: not predicted, or unsure and perhaps as fast as the fastest sure one."""
+    sure = max((_speedup(use) for use in contenders if use.prediction and use.prediction.sure), default=0.0)
+    return [
+        use
+        for use in contenders
+        if use.prediction is None or (not use.prediction.sure and use.prediction.speedup * NEAR >= sure)
+    ]
+
+
+def _too_slow(contenders: list[Use], device: Device, settings: Settings, why_not_measured: str) -> Keep:
+    """Of each what was predicted, or why nothing was."""
     slow = [
         f"predicted below {settings.min_speedup:.2f}x: {use.prediction.speedup:.2f}x for {use.format} by "
         f"{use.provider} ({use.prediction.basis})"
-        for use in predicted
+        for use in contenders
         if use.prediction
     ]
-    unmeasured = ", ".join(f"{use.format} by {use.provider}" for use in predicted if use.prediction is None)
+    unmeasured = ", ".join(f"{use.format} by {use.provider}" for use in contenders if use.prediction is None)
     if unmeasured:
-        why = f" ({why_not})" if why_not else ""
+        why = f" ({why_not_measured})" if why_not_measured else ""
         slow.append(f"not measured at this shape on {device.name}{why}: {unmeasured}; run `sagecompile calibrate`")
     return Keep("; ".join(slow))
-
-
-def _beats(use: Use, other: Use) -> bool:
-    return use.format == other.format and other.provider in PROVIDERS[use.provider].beats
 
 
 def _site_limits(site: AttentionSite) -> Iterator[str]:

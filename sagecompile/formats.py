@@ -108,3 +108,8 @@ PROVIDERS: dict[str, Provider] = {
         ),
     )
 }
+
+
+def beats(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether another (format, provider) need not be tried where this one runs, which comes before it in the table."""
+    return one[0] == other[0] and other[1] in PROVIDERS[one[1]].beats

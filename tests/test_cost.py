@@ -70,6 +70,11 @@ class TestTimes:
         found = profile((16, 512, 50, 100), (16, 1024, 100, 100), (64, 1024, 400, 200))
         assert device_us(found, 32, 512) == pytest.approx((100, 200))
 
+    def test_beyond_the_longest_those_who_reach_it_are_asked_as_at_it(self):
+        found = profile((16, 512, 50, 100), (16, 4096, 1600, 400), (64, 512, 100, 300))
+        at, beyond = (found.times(FAMILY, FAST, 64, length) for length in (4096, 4128))
+        assert at[0].device / at[1].device == pytest.approx(beyond[0].device / beyond[1].device) == pytest.approx(4)
+
     @pytest.mark.parametrize(("heads", "length"), [(16, 511), (15, 1024)])
     def test_below_what_was_measured_nothing_is_said(self, heads, length):
         assert RISING.times(FAMILY, FAST, heads, length) is None

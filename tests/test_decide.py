@@ -160,6 +160,9 @@ def test_auto_does_not_ask_whom_another_beats(monkeypatch):
         def recall(self, site):
             return {}
 
+        def why_not(self, site, alternatives):
+            return None
+
         def measure(self, site, alternatives):
             asked.extend(alternatives)
             return {}
@@ -179,11 +182,55 @@ def test_a_prediction_that_is_not_sure_is_measured(monkeypatch, measured):
         def recall(self, site):
             return {}
 
+        def why_not(self, site, alternatives):
+            return None
+
         def measure(self, site, alternatives):
             return {alternative: Prediction(measured, "here") for alternative in alternatives}
 
     decision = decide(SITE, H200, Settings(formats=("qk_int8_pv_fp8",)), runs, Local())
     assert isinstance(decision, Use) == (measured > 1.05) and f"{measured:.2f}x" in decision.reason
+
+
+def test_a_refusal_is_asked_for_once(monkeypatch):
+    """A trial that found no memory may find some the next time: what was refused is not used in the same decision."""
+    monkeypatch.setattr(module, "predict", lambda *_: None)
+    answers = iter(["cpu not tried: no memory left", None])
+
+    class Local:
+        def recall(self, site):
+            return {}
+
+        def why_not(self, site, alternatives):
+            return None
+
+        def measure(self, site, alternatives):
+            pytest.fail("measured what was refused")
+
+    site = replace(SITE, device="cpu", dtype="float32")
+    decision = decide(site, Device("cpu", "some CPU"), Settings(), lambda *_: next(answers), Local())
+    assert decision == Keep("cpu not tried: no memory left")
+
+
+def test_what_cannot_catch_up_with_a_sure_winner_is_not_measured(monkeypatch):
+    found = {"qk_int8_pv_fp8": Prediction(1.8, "somewhere"), "qk_int8_pv_fp16": Prediction(1.1, "near", sure=False)}
+    monkeypatch.setattr(module, "predict", lambda site, format, provider, *_: found[format])
+
+    class Local:
+        def recall(self, site):
+            return {}
+
+        def why_not(self, site, alternatives):
+            pytest.fail("asked to measure")
+
+    assert decide(SITE, H200, Settings(), runs, Local()).format == "qk_int8_pv_fp8"
+
+
+def test_a_length_that_is_a_number_is_compared_first(monkeypatch):
+    monkeypatch.setattr(module, "predict", lambda *_: Prediction(1.5, "somewhere", at_least=2814))
+    length = Length(4000)
+    assert isinstance(decide(replace(SITE, q_len=length, kv_len=77), H200, Settings(), runs), Keep)
+    assert not length.compared
 
 
 def test_auto_falls_back_to_another_provider_that_wins_too(monkeypatch):

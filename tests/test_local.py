@@ -92,10 +92,19 @@ class TestMeasure:
         machine().measure(SITE, [ACCURATE])
         assert machine().recall(replace(SITE, **change)) == {}
 
-    @pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "2.14"}, {"threads": 3}])
+    @pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "2.14"}])
     def test_holds_for_the_same_machine_alone(self, races, change):
         machine().measure(SITE, [ACCURATE])
         assert machine(**change).recall(SITE) == {}
+
+    def test_holds_for_as_many_threads_alone(self, races):
+        machine().measure(SITE, [ACCURATE])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            assert machine().recall(SITE) == {}
+        finally:
+            torch.set_num_threads(threads)
 
     @pytest.mark.parametrize(("sleep_s", "wins"), [(0.0, True), (0.02, False)])
     def test_what_is_timed_is_the_kernel(self, sleep_s, wins):
@@ -105,8 +114,29 @@ class TestMeasure:
 
     def test_random_numbers_of_the_user_stay_as_they_are(self):
         before = torch.get_rng_state()
-        machine().measure(SITE, [FAST])
+        assert machine().measure(SITE, [FAST]).keys() == {FAST}
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_race_on_a_gpu_leaves_it_as_it_was():
+    """Its random numbers, its memory and its current stream; the time of a call is the kernel's."""
+    site = replace(SITE, device="cuda:0", dtype="bfloat16", heads=16, kv_heads=16, q_len=2048, kv_len=2048)
+    site = replace(site, head_dim=128, value_dim=128)
+    torch.randn(1, device="cuda")
+    stream, before, state = torch.cuda.current_stream(), torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
+
+    def slow(q, k, v, **how):
+        for _ in range(20):
+            q = q * 1.0
+        return q
+
+    times = local.race(site, [FAST], slow)
+    torch.cuda.synchronize()
+    assert torch.cuda.current_stream() == stream and torch.cuda.memory_allocated() <= before
+    assert torch.equal(torch.cuda.get_rng_state(), state) and torch.randn(1, device="cuda").isfinite().all()
+    assert times["sdpa"].device < times[" ".join(FAST)].device and min(times["sdpa"]) > 1
 
 
 class TestReasons:
@@ -126,11 +156,16 @@ class TestReasons:
         assert "MiB are too many" in reason and not races
 
     def test_of_a_kernel_that_fails(self):
+        tried = []
+
         def broken(*tensors, **how):
+            tried.append(tensors)
             raise RuntimeError("no such instruction")
 
         failing = Local({}, broken, cuda_graphs=False)
-        assert failing.measure(SITE, [ACCURATE]) == "measuring failed: RuntimeError: no such instruction"
+        for _ in range(2):
+            assert failing.measure(SITE, [ACCURATE]) == "measuring failed: RuntimeError: no such instruction"
+        assert len(tried) == 1, "not once more for each layer"
         assert failing.recall(SITE) == {}
 
 
@@ -188,6 +223,19 @@ class TestStore:
                 store.remember(KEY | {"q_len": q_len}, {"times": {"a b": 2.0}})
         assert store.recall(KEY | {"q_len": 2}) == {"times": {"a b": 2.0}}, "this process still knows"
         assert caplog.text.count("every process measures again") == 1
+
+    def test_a_user_without_a_home(self, monkeypatch):
+        def none():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(store.Path, "home", none)
+        assert store.folder().parts[-2:] == ("sagecompile", "measured")
+
+    def test_forgets(self, folder):
+        store.remember(KEY, {"times": {}})
+        store.forget()
+        assert store.recall(KEY) is None and not list(folder.iterdir())
 
     def test_many_processes_at_once(self, tmp_path, folder):
         code = (

@@ -69,7 +69,9 @@ GRIDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--share", action="store_true", help="print the profile as well, for a pull request")
-    parser.add_argument("--again", action="store_true", help="measure also what an earlier run has measured")
+    parser.add_argument(
+        "--again", action="store_true", help="forget first what was measured here before, also while compiling"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,6 +121,8 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
 
     from .bench.shapes import Shape
 
+    if again:
+        store.forget()
     grid = GRIDS[device.partition(":")[0]]
     local = measurements(device, cuda_graphs=False)
     shapes = (
@@ -134,13 +138,17 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
         if done % 10 == 0:
             total = f"{done} of {grid.turns * len(sites)}"
             print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
-        key = {"calibration": turn} | local.key(site)
-        found = None if again else store.recall(key)
-        if found is None:
-            able = available.runners(site)
-            found = dict(race(site, able, attention, grid.budget_s)) if able else {}
+        able = available.runners(site)
+        key = {"calibration": turn, "runners": [" ".join(runner) for runner in able]} | local.key(site)
+        found = store.recall(key)
+        if found is None and able:
+            try:
+                found = dict(race(site, able, attention, grid.budget_s))
+            except (torch.OutOfMemoryError, MemoryError):
+                print(f"\n{site.shape} left out: no memory", file=sys.stderr)
+                continue
             store.remember(key, found)
-        for name, time in found.items():
+        for name, time in (found or {}).items():
             fastest[which][name] = min(fastest[which].get(name, Time(*time)), Time(*time))
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
     return [(site, times) for site, times in zip(sites, fastest, strict=True) if times]

@@ -7,8 +7,10 @@ shape, or the reason why there was none. It takes tenths of a second and a bound
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,51 +47,67 @@ class Local:
     attention: Attention
     cuda_graphs: bool
     """Whether what is compiled is captured in a CUDA graph, where launches cost nothing."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Of this process: what could not be measured is not tried again."""
 
     def recall(self, site: AttentionSite) -> dict[Alternative, Prediction]:
         """What was measured of such a site before, here or in another process."""
         found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
-        basis = f"measured here at {found['shape']}, {found['date']}"
-        raced = {name: (Time(*sdpa), Time(*ours)) for name, (sdpa, ours) in found["times"].items()}
-        return {_split(name): Prediction(speedup(times, self.cuda_graphs), basis) for name, times in raced.items()}
+        return {
+            _split(name): Prediction(
+                speedup((Time(*sdpa), Time(*ours)), self.cuda_graphs), f"measured here at {shape}, {date}"
+            )
+            for name, (sdpa, ours, shape, date) in found["times"].items()
+        }
 
-    def measure(self, site: AttentionSite, alternatives: Sequence[Alternative]) -> dict[Alternative, Prediction] | str:
-        """Race the alternatives against SDPA now, or say why not."""
+    def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
+        """Why so many alternatives would not be measured at such a site now, or None."""
         if not _has_fixed_sizes(site):
             return "sizes that change are not measured while compiling"
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
-        smaller = _shrink(site, len(alternatives))
+        smaller = _shrink(site, alternatives)
         if smaller.flops > LONGEST * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
-        if _bytes(smaller, len(alternatives)) > MEMORY:
-            return f"{_bytes(smaller, len(alternatives)) >> 20} MiB are too many to measure while compiling"
+        if _bytes(smaller, alternatives) > MEMORY:
+            return f"{_bytes(smaller, alternatives) >> 20} MiB are too many to measure while compiling"
+        return self.failures.get(_name(self.key(site)))
+
+    def measure(self, site: AttentionSite, alternatives: Sequence[Alternative]) -> dict[Alternative, Prediction] | str:
+        """Race the alternatives against SDPA now, or say why not."""
+        why_not = self.why_not(site, len(alternatives))
+        if why_not is not None:
+            return why_not
+        smaller = _shrink(site, len(alternatives))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                 times = race(smaller, alternatives, self.attention)
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
-            return f"measuring failed: {type(failure).__name__}: {failure}"
-        raced = {name: (times[SDPA], time) for name, time in times.items() if name != SDPA}
+            reason = f"measuring failed: {type(failure).__name__}: {failure}"
+            self.failures[_name(self.key(site))] = reason
+            return reason
+        raced = {name: (times[SDPA], time, smaller.shape, _today()) for name, time in times.items() if name != SDPA}
         before = store.recall(self.key(site)) or {"times": {}}
-        found = {"shape": smaller.shape, "date": _today(), "times": before["times"] | raced}
-        store.remember(self.key(site), found)
+        store.remember(self.key(site), {"times": before["times"] | raced})
         return self.recall(site)
 
     def key(self, site: AttentionSite) -> dict[str, Any]:
         """What a measurement of such a site is kept under."""
         names = "batch heads kv_heads q_len kv_len head_dim dtype is_causal".split()
-        return dict(self.machine) | {name: getattr(site, name) for name in names}
+        found = dict(self.machine) | {name: getattr(site, name) for name in names}
+        return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
 
 
 def race(
     site: AttentionSite, alternatives: Sequence[Alternative], attention: Attention, budget_s: float = BUDGET_S
 ) -> dict[str, Time]:
-    """Medians of SDPA and of each alternative, in turn, as `sdpa` and `format provider`."""
+    """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`."""
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
     scale = site.scale if site.scale is not None else site.head_dim**-0.5
+    group = site.heads // site.kv_heads
 
     def tensor(heads: int, length: int) -> torch.Tensor:
         size = (site.batch, length, heads, site.head_dim)
@@ -97,10 +115,15 @@ def race(
 
     q = tensor(site.heads, site.q_len)
     k, v = tensor(site.kv_heads, site.kv_len), tensor(site.kv_heads, site.kv_len)
-    grouped = site.heads != site.kv_heads
+    # In float32 SDPA has no fast CUDA kernel for groups: models that repeat K and V themselves get one.
+    repeats = group if site.device_type == "cuda" and site.dtype == "float32" else 1
+    their_k, their_v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k, v))
 
     def sdpa() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=site.is_causal, scale=scale, enable_gqa=grouped)
+        grouped = group > repeats
+        return F.scaled_dot_product_attention(
+            q, their_k, their_v, is_causal=site.is_causal, scale=scale, enable_gqa=grouped
+        )
 
     def ours(format: str, provider: str) -> torch.Tensor:
         how = {"scale": scale, "is_causal": site.is_causal, "tokens_first": True}
@@ -108,8 +131,14 @@ def race(
 
     calls: dict[str, Callable[[], object]] = {SDPA: sdpa}
     calls |= {" ".join(alternative): partial(ours, *alternative) for alternative in alternatives}
-    with torch.autocast(site.device_type, enabled=False):
-        return interleaved_times(calls, site.device_type, budget_s)
+    here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
+    uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
+    with here, torch.autocast(site.device_type, enabled=False):
+        return interleaved_times(calls, site.device_type, budget_s, uncaptured)
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
 
 
 def _split(name: str) -> Alternative:

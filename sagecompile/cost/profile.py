@@ -132,7 +132,8 @@ class Profile:
 
     @staticmethod
     def _device_us(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:
-        below, above = _around(heads, [known for known, line in lines.items() if line.lengths[-1] >= length] or lines)
+        reach = min(length, max((line.lengths[-1] for line in lines.values()), default=0))
+        below, above = _around(heads, [known for known, line in lines.items() if line.lengths[-1] >= reach])
         low = lines[below].at(length) if below is not None else None
         if low is None or below is None:
             return None

@@ -18,14 +18,25 @@ from typing import Any
 
 logger = logging.getLogger("sagecompile")
 
-SCHEMA = 2
+SCHEMA = 3
 _known: dict[str, dict[str, Any]] = {}
 """Of this process, by file: a folder that cannot be used costs one measurement a process, not one a compilation."""
 
 
 def folder() -> Path:
-    """`$XDG_CACHE_HOME/sagecompile/measured`, or ~/.cache for the first part."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sagecompile", "measured")
+    """`$XDG_CACHE_HOME/sagecompile/measured`, or ~/.cache for the first part; a temporary one without a home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache", "sagecompile", "measured")
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), "sagecompile", "measured")
+
+
+def forget() -> None:
+    """Everything that any process remembered."""
+    _known.clear()
+    for file in folder().glob("*.json"):
+        file.unlink(missing_ok=True)
 
 
 def recall(key: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""The one timer: medians of interleaved runs, so that a drift of the machine hits every alternative alike.
+"""The one timer: interleaved runs, so that a drift of the machine hits every alternative alike, and their medians.
 
-In: calls by name and the device they run on. Out: for each the median of what it takes the device, and of what its
-launch takes the host, in microseconds. On a GPU the first is timed as replays of a CUDA graph, where launches cost
+In: calls by name and the device they run on. Out: for each what it takes the device, and what its launch takes the
+host, in microseconds. On a GPU the first is timed as replays of a CUDA graph, where launches cost
 nothing; the second matters outside of graphs, and only where it is the longer of the two: a host that launches faster
 than the device works is never waited for.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,16 +25,19 @@ LAUNCHES, LAUNCHES_S = 17, 0.02
 """That a launch is timed at the most, and about for how long."""
 
 
-def interleaved_times(calls: Mapping[str, Callable[[], object]], device_type: str, budget_s: float) -> dict[str, Time]:
-    """Of every call, at least three runs; on a GPU also of what cannot be captured, whose launch then counts fully.
+def interleaved_times(
+    calls: Mapping[str, Callable[[], object]], device_type: str, budget_s: float, uncaptured: Collection[str] = ()
+) -> dict[str, Time]:
+    """Of every call, at least three runs; on the current device, if that is a GPU.
 
-    On a CPU the lower quartile stands for the median: what else runs there only slows.
+    `uncaptured`: what is never captured in a CUDA graph; its launch counts fully. On a CPU the lower quartile stands
+    for the median: what else runs there only slows.
     """
     if device_type != "cuda":
         runs = _interleaved_us(calls, device_type, budget_s, least_runs=3, warm_ups=1)
         return {name: Time(sorted(us)[len(us) // 4]) for name, us in runs.items()}
     launches = {name: _launch_us(call) for name, call in calls.items()}
-    found = {name: _replayed_or_not(call) for name, call in calls.items()}
+    found = {name: Replays(call, 1, None) if name in uncaptured else replayed(call) for name, call in calls.items()}
     replays = {name: replayed.run for name, replayed in found.items()}
     times = interleaved_median_us(replays, device_type, budget_s, least_runs=3, warm_ups=1)
     return {name: Time(us / found[name].calls, launches[name]) for name, us in times.items()}
@@ -90,34 +94,33 @@ def replayed(call: Callable[[], Any], device_type: str = "cuda") -> Replays:
     return once if calls == 1 else _capture(call, calls)
 
 
-def _replayed_or_not(call: Callable[[], Any]) -> Replays:
-    try:
-        return replayed(call)
-    except RuntimeError:
-        return Replays(call, 1, None)
-
-
 _failed: list[torch.cuda.CUDAGraph] = []
 """Torch's allocator keeps asking a graph whose capture failed: it must stay alive."""
 
 
 def _capture(call: Callable[[], Any], calls: int) -> Replays:
-    """Unlike in torch.cuda.graph, other threads may use the device meanwhile, and no memory goes back to the driver."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    """Unlike in torch.cuda.graph, other threads may allocate meanwhile, and no memory goes back to the driver."""
+    stream, graph = _side_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
-            graph.capture_begin(capture_error_mode="thread_local")
+            for _ in range(calls):
+                result = call()
+        finally:
             try:
-                for _ in range(calls):
-                    result = call()
-            finally:
                 graph.capture_end()
-        except Exception:
-            _failed.append(graph)
-            raise
+            except Exception:
+                _failed.append(graph)
+                raise
     torch.cuda.current_stream().wait_stream(stream)
     return Replays(graph.replay, calls, result)
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Captures are on a stream of their own: torch hands out the same few to everybody."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _launch_us(call: Callable[[], object]) -> float:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.formats import FORMATS, PROVIDERS, beats
 from sagecompile.site import AttentionSite, Device
 
 from . import launcher
@@ -46,9 +46,7 @@ def machine(name: str) -> dict[str, str | int | None]:
     """What a time measured on a torch device holds for: the device, what runs on it, and with what."""
     found: dict[str, str | int | None] = {"device": device(name).name}
     found |= {"torch": torch.__version__, "triton": version("triton"), "sageattention": version("sageattention")}
-    if device(name).type == "cuda":
-        return found | {"driver": _nvidia_driver()}
-    return found | {"threads": torch.get_num_threads()}
+    return found | ({"driver": _nvidia_driver()} if device(name).type == "cuda" else {})
 
 
 def _nvidia_driver() -> str | None:
@@ -95,7 +93,7 @@ def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]
         if site.device_type not in provider.devices or not (slow or provider.may_win):
             continue
         for format in provider.formats:
-            beaten = any(other == format and provider.name in PROVIDERS[name].beats for other, name in found)
+            beaten = any(beats(other, (format, provider.name)) for other in found)
             if (slow or not beaten) and refusal(site, format, provider.name, cuda_graphs=False) is None:
                 found.append((format, provider.name))
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +85,20 @@ class TestCalibrate:
         monkeypatch.setattr(available, "refusal", lambda *_, **__: "no compiler")
         assert main(["calibrate", "--device", "cpu"]) == 2
         assert "`sagecompile doctor` says why" in capsys.readouterr().err
+        monkeypatch.setattr(available, "refusal", lambda *_, **__: None)  # it was installed since
+        assert main(["calibrate", "--device", "cpu"]) == 0
+
+    def test_a_shape_without_memory_is_left_out(self, monkeypatch, capsys):
+        def race(site, *rest):
+            if site.q_len == 32:
+                raise MemoryError
+            return local.race(site, *rest)
+
+        local = SimpleNamespace(race=importlib.import_module("sagecompile.cost.local").race)
+        monkeypatch.setattr("sagecompile.cost.local.race", race)
+        assert main(["calibrate", "--device", "cpu"]) == 0
+        assert {point.length for point in own_profile().points} == {16, 64}
+        assert "1x1x32x32 left out: no memory" in capsys.readouterr().err
 
 
 class TestDecision:
