@@ -79,9 +79,9 @@ def decide(
     auto = settings.policy == "auto"
     known = local.recall(site) if auto and local else {}
     for name in settings.formats:
-        refused = _format_limit(site, FORMATS[name], device)
-        if refused:
-            refusals.append(refused)
+        limit = _format_limit(site, FORMATS[name], device)
+        if limit:
+            refusals.append(limit)
             continue
         for provider in PROVIDERS.values():
             if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
