@@ -57,6 +57,10 @@ class GraphPass(InductorPass):
         """What a cached graph was made with."""
         return f"{source_hash()}-{settings()}"
 
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """In whichever process it is unpickled, our backend takes its place."""
+        return graph_pass, ()
+
 
 def _entry(layer: Any, device: str) -> Entry:
     """Whether any kernel can do the layer; whether it wins depends on lengths, which are not known here."""
