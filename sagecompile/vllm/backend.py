@@ -112,9 +112,11 @@ class Builder(ParentBuilder):  # type: ignore[misc]
             return None
         if kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
             return None
+        prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
+        if min(len(kv_lens), len(prefills)) < common.num_reqs:
+            return None
         assert self._choose is not None
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-        prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
         parts = parts_of(starts, kv_lens[requests].tolist(), prefills[requests].tolist(), self._choose)
         if self._why_not_pages:
             parts = [part for part in parts if part.q_len == part.kv_len]
