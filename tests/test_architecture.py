@@ -64,6 +64,17 @@ def test_loads_no_torch(statement):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_tools_that_look_at_every_object_need_no_vllm():
+    """Where it is installed they load it."""
+    code = (
+        "import doctest, inspect, pydoc, sagecompile\n"
+        "assert not inspect.isclass(sagecompile.vllm_pass) and doctest.testmod(sagecompile).failed == 0\n"
+        "print(pydoc.render_doc(sagecompile))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "vllm_pass" in done.stdout, done.stderr
+
+
 def test_backend_is_found_without_an_import():
     code = "import torch; print('sage_inductor' in torch._dynamo.list_backends())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

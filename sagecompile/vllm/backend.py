@@ -23,12 +23,13 @@ from . import op  # noqa: F401  (registered before any graph that calls it is lo
 from .attention import PLAN, forward
 from .choice import LEAST_QUERIES, Choose, chooser, settings
 from .counters import count_batch
+from .graph_pass import GraphPass
 from .layer import site_of
 from .plan import Part, Plan, Rest, parts_of
-from .versions import Index, is_known, own_backend, split_fields, why_not_pages
+from .plugin import BACKEND
+from .versions import Index, is_dummy, is_known, own_backend, split_fields, why_not_pages
 
 logger = init_logger("vllm.sagecompile")
-PASS = "sagecompile.vllm_pass"
 
 Parent: Any = resolve_obj_by_qualname(own_backend().value)
 ParentBuilder: Any = Parent.get_builder_cls()
@@ -37,12 +38,14 @@ ParentImpl: Any = Parent.get_impl_cls()
 
 def has_pass(config: VllmConfig) -> bool:
     """Whether the server runs our pass over its graphs."""
-    return PASS in config.compilation_config.inductor_passes.values()
+    passes = config.compilation_config.inductor_compile_config.values()  # where vLLM puts those that have a name, too
+    return any(isinstance(one, GraphPass) for one in passes)
 
 
 def is_custom(config: VllmConfig | None) -> bool:
-    """Whether the server was started with --attention-backend CUSTOM."""
-    return config is not None and config.attention_config.backend == AttentionBackendEnum.CUSTOM
+    """Whether the server was started with --attention-backend CUSTOM, and it is ours."""
+    custom = AttentionBackendEnum.CUSTOM
+    return config is not None and config.attention_config.backend == custom and custom.get_path() == BACKEND
 
 
 class Builder(ParentBuilder):  # type: ignore[misc]
@@ -53,6 +56,8 @@ class Builder(ParentBuilder):  # type: ignore[misc]
         self._choose: Choose | None = None
         self._ours: frozenset[str] = frozenset()
         self._group = layer_names[0] if layer_names else ""
+        # 0.32's adaptive verification: what decodes has other tokens on the device than on the host.
+        self._moves_drafts = bool(getattr(vllm_config.speculative_config, "enable_adaptive_verification", False))
         if has_pass(vllm_config) or is_custom(vllm_config):
             self._look_at_layers(layer_names, vllm_config, device)
 
@@ -80,10 +85,12 @@ class Builder(ParentBuilder):  # type: ignore[misc]
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        """What is captured is replayed for other batches: no plan."""
-        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        setattr(metadata, PLAN, None)
-        return metadata
+        """What is captured is replayed for other batches: no plan, and it counts for nothing."""
+        choose, self._choose = self._choose, None
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self._choose = choose
 
     def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> Any:
         """Lengths on the host may be behind the device's there: no plan."""
@@ -107,20 +114,26 @@ class Builder(ParentBuilder):  # type: ignore[misc]
         """None where all stays vLLM's: also for what is padded for a CUDA graph, and what is not known to be split."""
         requests, kv_lens = slice(common.num_reqs), common.seq_lens_cpu_upper_bound
         tokens = int(common.query_start_loc_cpu[common.num_reqs])
-        count_batch(self._group, tokens)
+        if not is_dummy(common):
+            count_batch(self._group, tokens)
         if common.max_query_len < LEAST_QUERIES or tokens != common.num_actual_tokens:
             return None
         if kv_lens is None or not isinstance(common.causal, bool) or not is_known(common):
             return None
+        prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
+        if min(len(kv_lens), len(prefills)) < common.num_reqs:
+            return None
         assert self._choose is not None
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-        prefills = common.is_prefilling if common.is_prefilling is not None else torch.ones_like(kv_lens)
         parts = parts_of(starts, kv_lens[requests].tolist(), prefills[requests].tolist(), self._choose)
         if self._why_not_pages:
             parts = [part for part in parts if part.q_len == part.kv_len]
         if not parts:
             return None
-        return Plan(tuple(parts), self._rest(common, starts, kv_lens, parts), self._ours, common.causal)
+        rest = self._rest(common, starts, kv_lens, parts)
+        if rest is not None and self._moves_drafts:
+            return None
+        return Plan(tuple(parts), rest, self._ours, common.causal)
 
     def _rest(self, common: Any, starts: list[int], kv_lens: torch.Tensor, parts: list[Part]) -> Rest | None:
         """vLLM's metadata of the requests that are not ours, as of a batch of their own."""

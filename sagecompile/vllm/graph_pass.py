@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.fx import Graph
 from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
@@ -23,7 +24,7 @@ from sagecompile.report import Entry
 from sagecompile.sources import source_hash
 
 from . import plugin
-from .choice import can_run, settings
+from .choice import settings
 from .layer import site_of
 
 logger = init_logger("vllm.sagecompile")
@@ -44,12 +45,14 @@ class GraphPass(InductorPass):
     def __call__(self, graph: Graph) -> None:
         from . import op
 
-        layers = get_forward_context().no_compile_layers
-        done = vllms_graph.run(graph, op.THEIRS, op.OURS, lambda name, device: _entry(layers[name], device))
+        def look(name: str, device: str) -> Entry:
+            return _entry(get_forward_context().no_compile_layers[name], device)
+
+        done = vllms_graph.run(graph, op.THEIRS, op.OURS, look)
         if done.entries:
             logger.info("sagecompile: %s", done.summary())
             logger.debug("\n%s", done)
-        else:
+        elif _may_be_split():
             _warn_of_nothing()
         report.record(done)
 
@@ -57,14 +60,29 @@ class GraphPass(InductorPass):
         """What a cached graph was made with."""
         return f"{source_hash()}-{settings()}"
 
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """In whichever process it is unpickled, our backend takes its place."""
+        return graph_pass, ()
+
 
 def _entry(layer: Any, device: str) -> Entry:
-    """Whether any kernel can do the layer; whether it wins depends on lengths, which are not known here."""
+    """Whether the layer is one that kernels are made for. Not whether one runs here and now, as the graph is cached,
+    nor whether it wins, as lengths are not known: the op goes by both for each request.
+    """
     site = site_of(layer, device)
     legal = replace(settings(), policy="never" if settings().policy == "never" else "always")
-    found = decide(replace(site, q_len=1024, kv_len=1024), available.device(device), legal, can_run)
+    found = decide(replace(site, q_len=1024, kv_len=1024), available.device(device), legal, lambda *_: None)
     decision: Decision = found if isinstance(found, Keep) else ByRequest(found.format, found.provider)
     return Entry(site, decision)
+
+
+def _may_be_split() -> bool:
+    """Whether vLLM may have cut the model at its attention layers before Inductor saw it."""
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return True
+    compilation = config.compilation_config
+    return bool(compilation.splitting_ops) and not compilation.use_inductor_graph_partition
 
 
 @cache

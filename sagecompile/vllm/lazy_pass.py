@@ -15,10 +15,20 @@ def _load() -> Any:
     return graph_pass()
 
 
+def _seen_as() -> type[Any]:
+    """Tools that look at every object of a module ask where there is no vLLM, too: then it is a LazyPass."""
+    try:
+        return type(_load())
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "vllm"):
+            raise
+        return LazyPass
+
+
 class LazyPass:
     """Stands for `graph_pass.graph_pass()`: of its class, as isinstance sees it, and with its methods."""
 
-    __class__ = property(lambda self: type(_load()))
+    __class__ = property(lambda self: _seen_as())
 
     def __call__(self, graph: Any) -> None:
         _load()(graph)

@@ -21,13 +21,17 @@ def register() -> None:
         from vllm.platforms import current_platform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+        if AttentionBackendEnum.CUSTOM.is_overridden():
+            logger.warning("sagecompile: CUSTOM is %s already, and stays it", AttentionBackendEnum.CUSTOM.get_path())
+        else:
+            register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
         if current_platform.is_cpu():  # where vLLM takes its own whatever is chosen: so ours is in its place
             from . import backend  # noqa: F401  (what fails, fails here)
 
             take_place()
-    except (ImportError, AttributeError) as error:
-        logger.warning("sagecompile: this version of vLLM is not known (%s); 0.20.2 and 0.32 are", error)
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        logger.warning("sagecompile: this version of vLLM is not known (%s); 0.20.2 and 0.32 are", what)
 
 
 @cache

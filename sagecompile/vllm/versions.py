@@ -23,7 +23,16 @@ except ImportError:  # before 0.3x there are no CUDA graphs with breaks in them
         return function
 
 
-__all__ = ["Index", "eager_break_during_capture", "is_known", "own_backend", "pages", "split_fields", "why_not_pages"]
+__all__ = [
+    "Index",
+    "eager_break_during_capture",
+    "is_dummy",
+    "is_known",
+    "own_backend",
+    "pages",
+    "split_fields",
+    "why_not_pages",
+]
 
 
 class Index(NamedTuple):
@@ -67,7 +76,7 @@ def pages(layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     if kv_cache.dim() == 5:  # 0.20.2 on CUDA: (2, pages, tokens, heads, head_dim)
         keys, values = kv_cache.unbind(0)
         return keys, values
-    if not kv_cache.is_cpu:  # 0.32 on CUDA: (pages, heads, tokens, 2 * head_dim)
+    if not hasattr(layer, "isa"):  # 0.32 on CUDA: (pages, heads, tokens, 2 * head_dim)
         keys, values = kv_cache.transpose(1, 2).split(layer.head_size, -1)
         return keys, values
     # 0.32 on a CPU: (pages, heads, 2 * tokens * head_dim), a page of K transposed, then one of V.
@@ -80,6 +89,14 @@ def why_not_pages(layer: Any) -> str | None:
     """Why the KV cache of a layer cannot be read as `pages` says, or None. Known once its backend has begun."""
     isa = getattr(layer, "isa", None)
     return None if isa in (None, "vec", "vec16") else f"KV cache laid out for {isa}: needs vec or vec16"
+
+
+def is_dummy(common: Any) -> bool:
+    """Whether a batch looks like vLLM's warm-up: nobody's prompt, yet the first request has no context."""
+    kv_lens, prefills = common.seq_lens_cpu_upper_bound, common.is_prefilling
+    if kv_lens is None or prefills is None or bool(prefills.any()):
+        return False
+    return bool(kv_lens[:1].tolist() == [common.max_query_len])
 
 
 def is_known(common: Any) -> bool:

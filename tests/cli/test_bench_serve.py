@@ -20,6 +20,12 @@ def test_prompts_have_the_lengths_in_turn_and_are_the_same_for_both_servers():
     assert all(0 <= token < 256 for prompt in prompts for token in prompt)
 
 
+@pytest.mark.parametrize("argument", ["--compilation-config", "--compilation_config={}", "-cc.mode=0"])
+def test_the_servers_compilation_is_ours_to_say(argument, capsys):
+    assert main(["bench", "serve", "model", "--device", "cpu", "--", "--dtype", "float32", argument]) == 2
+    assert f"{argument}: bench serve gives each server its own" in capsys.readouterr().err
+
+
 def test_figures():
     answers = [Answer(100, (1, 2, 3), (0.5, 0.6, 0.8)), Answer(50, (4,), (0.1,))]
     found = figures(answers, 2.0)

@@ -168,6 +168,10 @@ def test_never_is_vllms_own(tmp_path, plain):
     found, log = run(tmp_path, byte_lm(compilation_config=PASS), SAGECOMPILE_POLICY="never")
     assert found["done"] == {} and found["results"] == plain[0]["results"]
     assert "0 of 6 attention sites rewritten; kept: policy=never (6)" in log
+    # What was compiled so is not taken for what another policy compiles.
+    few = byte_lm(compilation_config=PASS)
+    few["prompts"], few["scored"] = few["prompts"][:20], []
+    assert len(run(tmp_path, few)[0]["done"]) == 6
 
 
 def random_model(folder: Path, **config: Any) -> dict[str, Any]:

@@ -21,14 +21,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sagecompile.errors import OptionError
+
 from .session import device_of, require, results
 from .vllm_server import Server, serving
 
-PASS = {
-    "use_inductor_graph_partition": True,
-    "inductor_passes": {"post_grad_custom_post_pass": "sagecompile.vllm_pass"},
-}
+PARTITION = {"use_inductor_graph_partition": True}
+PASS = PARTITION | {"inductor_passes": {"post_grad_custom_post_pass": "sagecompile.vllm_pass"}}
 WITHOUT, WITH = "vllm", "vllm, sagecompile"
+COMPILATION = {WITHOUT: PARTITION, WITH: PASS}
+"""Alike but for the pass."""
 SETTLE_S = 11
 """Until the counters of the last batches are in the log."""
 
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_of(arguments)
     if arguments.plot:
         require("matplotlib", "--plot")
+    refuse_compilation(arguments.rest)
     require("vllm", "bench serve")
     prompts = make_prompts(arguments.lengths, arguments.requests, arguments.vocabulary, arguments.seed)
     answers: dict[str, list[Answer]] = {}
@@ -55,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         found |= {"model": arguments.model, "vllm_arguments": arguments.rest, "policy": arguments.policy}
         found |= {"concurrency": arguments.concurrency, "lengths": arguments.lengths}
         print(HEADER)
-        for what in (WITHOUT, WITH):
-            ours = ["--compilation-config", json.dumps(PASS)] if what == WITH else []
+        for what, compilation in COMPILATION.items():
+            ours = ["--compilation-config", json.dumps(compilation)]
             environment = {"SAGECOMPILE_POLICY": arguments.policy}
             log = (arguments.logs or Path(folder)) / f"{what.replace(', ', '-')}.log"
             with serving(arguments.model, [*arguments.rest, *ours], environment, log) as server:
@@ -79,6 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot(found["rows"], f"{arguments.model} on {found['device']}", arguments.plot)
     return 0
+
+
+def refuse_compilation(given: Sequence[str]) -> None:
+    """Raises OptionError for a compilation config among vLLM's arguments: each server has one of ours."""
+    for argument in given:
+        if argument.replace("_", "-").startswith(("--compilation-config", "-cc")):
+            raise OptionError(f"{argument}: bench serve gives each server its own; leave it out of what follows --")
 
 
 def make_prompts(lengths: Sequence[int], count: int, vocabulary: int, seed: int) -> list[list[int]]:
