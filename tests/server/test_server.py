@@ -51,7 +51,7 @@ async def stream(client, prompt, stop_after=None):
         async for chunk in answer:
             tokens += chunk.choices[0].token_ids or []
             if stop_after is not None and len(tokens) >= stop_after:
-                return tokens
+                return tokens[:stop_after]
     return tokens
 
 
