@@ -152,25 +152,24 @@ def test_a_symbolic_length_is_compared_once_with_the_crossing_of_the_fastest(mon
         assert decision.reason == "fewer than 4000 tokens: qk_int8_pv_fp8 by hopper wins from there on"
 
 
+class Local:
+    """A machine that remembers nothing and measures as it is told."""
+
+    def __init__(self, why_not=lambda site, alternatives: None, measure=None):
+        self.why_not, self.measure = why_not, measure
+
+    def recall(self, site):
+        return {}
+
+
 def test_auto_does_not_ask_whom_another_beats(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "predict", lambda *_: None)
-
-    class Local:
-        def recall(self, site):
-            return {}
-
-        def why_not(self, site, alternatives):
-            return None
-
-        def measure(self, site, alternatives):
-            asked.extend(alternatives)
-            return {}
-
-    decide(SITE, H200, Settings(), runs, Local())
+    local = Local(measure=lambda site, alternatives: asked.extend(alternatives) or {})
+    decide(SITE, H200, Settings(), runs, local)
     assert asked == [("qk_int8_pv_fp16", "hopper"), ("qk_int8_pv_fp8", "hopper")]
     asked.clear()
-    decide(SITE, H200, Settings(), refuses_hopper, Local())
+    decide(SITE, H200, Settings(), refuses_hopper, local)
     assert {provider for _, provider in asked} == {"triton", "sageattention"}
 
 
@@ -178,17 +177,8 @@ def test_auto_does_not_ask_whom_another_beats(monkeypatch):
 def test_a_prediction_that_is_not_sure_is_measured(monkeypatch, measured):
     monkeypatch.setattr(module, "predict", lambda *_: Prediction(1.1, "somewhere", sure=False))
 
-    class Local:
-        def recall(self, site):
-            return {}
-
-        def why_not(self, site, alternatives):
-            return None
-
-        def measure(self, site, alternatives):
-            return {alternative: Prediction(measured, "here") for alternative in alternatives}
-
-    decision = decide(SITE, H200, Settings(formats=("qk_int8_pv_fp8",)), runs, Local())
+    local = Local(measure=lambda site, alternatives: {one: Prediction(measured, "here") for one in alternatives})
+    decision = decide(SITE, H200, Settings(formats=("qk_int8_pv_fp8",)), runs, local)
     assert isinstance(decision, Use) == (measured > 1.05) and f"{measured:.2f}x" in decision.reason
 
 
@@ -197,18 +187,9 @@ def test_a_refusal_is_asked_for_once(monkeypatch):
     monkeypatch.setattr(module, "predict", lambda *_: None)
     answers = iter(["cpu not tried: no memory left", None])
 
-    class Local:
-        def recall(self, site):
-            return {}
-
-        def why_not(self, site, alternatives):
-            return None
-
-        def measure(self, site, alternatives):
-            pytest.fail("measured what was refused")
-
+    local = Local(measure=lambda *_: pytest.fail("measured what was refused"))
     site = replace(SITE, device="cpu", dtype="float32")
-    decision = decide(site, Device("cpu", "some CPU"), Settings(), lambda *_: next(answers), Local())
+    decision = decide(site, Device("cpu", "some CPU"), Settings(), lambda *_: next(answers), local)
     assert decision == Keep("cpu not tried: no memory left")
 
 
@@ -216,14 +197,8 @@ def test_what_cannot_catch_up_with_a_sure_winner_is_not_measured(monkeypatch):
     found = {"qk_int8_pv_fp8": Prediction(1.8, "somewhere"), "qk_int8_pv_fp16": Prediction(1.1, "near", sure=False)}
     monkeypatch.setattr(module, "predict", lambda site, format, provider, *_: found[format])
 
-    class Local:
-        def recall(self, site):
-            return {}
-
-        def why_not(self, site, alternatives):
-            pytest.fail("asked to measure")
-
-    assert decide(SITE, H200, Settings(), runs, Local()).format == "qk_int8_pv_fp8"
+    local = Local(why_not=lambda *_: pytest.fail("asked to measure"))
+    assert decide(SITE, H200, Settings(), runs, local).format == "qk_int8_pv_fp8"
 
 
 def test_a_length_that_is_a_number_is_compared_first(monkeypatch):

@@ -96,7 +96,8 @@ def _empty(q: torch.Tensor, tokens_first: bool) -> torch.Tensor:
     return q.new_empty((batch, heads, q_len, head_dim))
 
 
-def _launcher(provider: str) -> Callable[..., None]:
+def launcher(provider: str) -> Callable[..., None]:
+    """`kernels.launcher`'s, or the reference."""
     return reference.attention if provider == "reference" else kernels.launcher(provider)
 
 
@@ -119,7 +120,7 @@ def _attend(
     if k.shape[2] == 0:
         return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
     with torch.autocast(q.device.type, enabled=False):  # it would round the exact INT8 products of the reference
-        _launcher(provider)(q, k, v, out, scale=scale, is_causal=is_causal, format=format, **prologues)
+        launcher(provider)(q, k, v, out, scale=scale, is_causal=is_causal, format=format, **prologues)
     return out
 
 

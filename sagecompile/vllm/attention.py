@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from sagecompile import kernels
-from sagecompile.ops import reference
+from sagecompile.ops.attention import launcher
 
 from .counters import count
 from .plan import Part, Plan
@@ -72,11 +71,11 @@ def _attend(
         key, value = key[tokens], value[tokens]
     else:
         key, value = (_gathered(x, block_table[part.row], part.kv_len) for x in pages(layer, kv_cache))
-    provider = part.use.provider
-    launch: Callable[..., None] = reference.attention if provider == "reference" else kernels.launcher(provider)
     offset = {"causal_offset": part.kv_len - part.q_len} if is_causal and part.kv_len != part.q_len else {}
     q, k, v, out = (x.transpose(0, 1)[None] for x in (query[tokens], key, value, output[tokens]))
-    launch(q, k, v, out, scale=layer.impl.scale, is_causal=is_causal, format=part.use.format, **offset)
+    launcher(part.use.provider)(
+        q, k, v, out, scale=layer.impl.scale, is_causal=is_causal, format=part.use.format, **offset
+    )
     count(layer.layer_name, part.q_len)
 
 
