@@ -30,6 +30,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -48,6 +50,7 @@ constexpr int BLOCKS = KEYS / K_BLOCK;
 constexpr int MAX_QUERIES = 96; // of a block
 constexpr int MAX_DIM = 256;    // |score| <= 127 * 127 * 256 < 2^22, see MAGIC
 constexpr int Q_WORDS = MAX_DIM / 4;
+constexpr int64_t MOST_KEPT = 16 << 20; // bytes of scratch that a thread keeps between calls
 
 // 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum. Sums of integers that
 // start here can be read as floats without a conversion, and the multiply-add that scales a score takes MAGIC away.
@@ -218,37 +221,77 @@ struct Shape {
     int64_t tiles() const { return ceil_div(kv_len, KEYS); }
 };
 
-// What `pack` writes and `attend` reads, in one allocation.
-struct Packed {
-    explicit Packed(const Shape& s)
-        : shape(s), k_size(s.k_blocks() * K_BLOCK * s.k_words()), v_size(s.tiles() * TILE_WORDS * s.width()) {
-        const int64_t heads = s.batch * s.kv_heads, keys = s.k_blocks() * K_BLOCK;
-        const int64_t sizes[] = {k_size, v_size, keys, s.tiles() * BLOCKS, s.width()};
-        int64_t total = 0;
-        for (int64_t size : sizes) total += round_up(heads * size, 16);
-        memory.reset(static_cast<uint32_t*>(std::aligned_alloc(64, total * 4)));
-        k = memory.get();
-        v = k + round_up(heads * k_size, 16);
-        start = (int32_t*)(v + round_up(heads * v_size, 16));
-        k_scale = (float*)(start + round_up(heads * keys, 16));
-        mean = k_scale + round_up(heads * s.tiles() * BLOCKS, 16);
+// Memory that a thread keeps between calls: pages that are new in each call take as long as packing into them.
+class Scratch {
+  public:
+    // 64-byte aligned, of any contents; nullptr if there is none.
+    uint32_t* get(int64_t words) {
+        if (words > size) {
+            memory.reset(); // before more is asked for
+            memory.reset(static_cast<uint32_t*>(std::aligned_alloc(64, round_up(words * 4, 64))));
+            size = memory ? words : 0;
+        }
+        return memory.get();
     }
-    uint32_t* k_panel(int64_t head, int64_t key) const { return k + head * k_size + key * shape.k_words(); }
-    int32_t* starts(int64_t head, int64_t key) const { return start + head * shape.k_blocks() * K_BLOCK + key; }
-    float* k_scales(int64_t head, int64_t key) const { return k_scale + head * shape.tiles() * BLOCKS + key / K_BLOCK; }
-    float* k_mean(int64_t head) const { return mean + head * shape.width(); }
-    // The words of `key` in the panel that starts at dimension `dim`.
-    uint32_t* v_panel(int64_t head, int64_t key, int dim) const {
-        const int64_t tile = key / KEYS * TILE_WORDS * shape.width() + dim * TILE_WORDS;
-        return v + head * v_size + tile + key % KEYS / Values::KEYS_A_WORD * LANES;
+    // Calls that need more work long enough to get new pages.
+    void trim() {
+        if (size * 4 > MOST_KEPT) {
+            memory.reset();
+            size = 0;
+        }
     }
 
+  private:
     struct Free {
         void operator()(void* p) const { std::free(p); }
     };
-    const Shape& shape;
-    int64_t k_size, v_size; // words a KV head
     std::unique_ptr<uint32_t, Free> memory;
+    int64_t size = 0;
+};
+
+// What `pack` writes and `attend` reads: K and V of the KV heads from `first_head` on, as many as the memory is for.
+struct Packed {
+    static int64_t words(const Shape& s, int64_t heads) {
+        int64_t total = 0;
+        for (int64_t size : sizes(s)) total += round_up(heads * size, 16);
+        return total;
+    }
+    Packed(const Shape& s, int64_t first_head, int64_t heads, uint32_t* memory)
+        : shape(s), first_head(first_head), k_size(sizes(s)[0]), v_size(sizes(s)[1]) {
+        uint32_t* parts[5];
+        for (int i = 0; i < 5; ++i) {
+            parts[i] = memory;
+            memory += round_up(heads * sizes(s)[i], 16);
+        }
+        k = parts[0];
+        v = parts[1];
+        start = (int32_t*)parts[2];
+        k_scale = (float*)parts[3];
+        mean = (float*)parts[4];
+    }
+    uint32_t* k_panel(int64_t head, int64_t key) const { return k + place(head) * k_size + key * shape.k_words(); }
+    int32_t* starts(int64_t head, int64_t key) const { return start + place(head) * shape.k_blocks() * K_BLOCK + key; }
+    float* k_scales(int64_t head, int64_t key) const {
+        return k_scale + place(head) * shape.tiles() * BLOCKS + key / K_BLOCK;
+    }
+    float* k_mean(int64_t head) const { return mean + place(head) * shape.width(); }
+    // The words of `key` in the panel that starts at dimension `dim`.
+    uint32_t* v_panel(int64_t head, int64_t key, int dim) const {
+        const int64_t tile = key / KEYS * TILE_WORDS * shape.width() + dim * TILE_WORDS;
+        return v + place(head) * v_size + tile + key % KEYS / Values::KEYS_A_WORD * LANES;
+    }
+
+    const Shape& shape;
+
+  private:
+    // Words a KV head of k, v, start, k_scale and mean.
+    static std::array<int64_t, 5> sizes(const Shape& s) {
+        const int64_t keys = s.k_blocks() * K_BLOCK;
+        return {keys * s.k_words(), s.tiles() * TILE_WORDS * s.width(), keys, s.tiles() * BLOCKS, s.width()};
+    }
+    int64_t place(int64_t head) const { return head - first_head; }
+
+    int64_t first_head, k_size, v_size;
     uint32_t *k, *v;
     int32_t* start; // where the sum of products with that key starts: MAGIC_BITS, less what q + 128 adds
     float* k_scale; // of each K_BLOCK keys; infinite where K or V cannot be quantized
@@ -524,44 +567,62 @@ int64_t block_size(const Shape& shape, int64_t least) {
     return round_up(ceil_div(shape.q_len, ceil_div(shape.q_len, most)), ROWS);
 }
 
+thread_local Scratch one_head, some_heads;
+
+// False if there is no memory.
 template <class T>
 bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& v, const Tensor<T>& out,
          int threads, uint8_t* flags) {
-    const Packed packed(shape);
-    if (!packed.memory) return false;
     const int64_t kv_heads = shape.batch * shape.kv_heads, group = shape.group(), k_blocks = shape.k_blocks();
-    const auto pack_block = [&](int64_t head, int64_t block) { pack(packed, k, v, head, block * K_BLOCK); };
-    const auto attend_block = [&](int64_t head, int64_t block, int64_t size) {
+    // Whole heads as far as all threads get as many, and wait for none of the others; what is left is done together.
+    const int64_t whole = kv_heads >= 8 * threads ? kv_heads : kv_heads - kv_heads % threads, shared = kv_heads - whole;
+    const int64_t whole_size = block_size(shape, 1), shared_size = block_size(shape, 4 * threads);
+    const int64_t whole_blocks = ceil_div(shape.q_len, whole_size), blocks = ceil_div(shape.q_len, shared_size);
+    const auto attend_block = [&](const Packed& packed, int64_t head, int64_t block, int64_t size) {
         const int64_t first = block * size;
         if (!attend(packed, q, out, head, first, int(std::min(size, shape.q_len - first)))) {
 #pragma omp atomic write
             flags[head] = 1;
         }
     };
-    // Where each thread gets as many whole heads as the others, it needs to wait for none of them.
-    const bool whole_heads = kv_heads % threads == 0 || kv_heads >= 8 * threads;
-    const int64_t size = block_size(shape, whole_heads ? 1 : 4 * threads), blocks = ceil_div(shape.q_len, size);
+    uint32_t* const shared_memory = shared ? some_heads.get(Packed::words(shape, shared)) : nullptr;
+    if (shared && !shared_memory) return false;
+    const Packed packed(shape, whole, shared, shared_memory);
+    std::atomic<bool> enough = true;
     // Waking the other threads takes microseconds: no less than this one needs for some hundred thousand products.
     const bool parallel = double(kv_heads) * group * shape.q_len * shape.kv_len * shape.dim > 2e5;
 #pragma omp parallel num_threads(threads) if (parallel)
-    if (whole_heads) {
-#pragma omp for schedule(dynamic)
-        for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-            find_mean(packed, k, kv_head);
-            for (int64_t block = 0; block < k_blocks; ++block) pack_block(kv_head, block);
-            for (int64_t i = 0; i < group * blocks; ++i) attend_block(kv_head * group + i / blocks, i % blocks, size);
+    {
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t head = 0; head < whole; ++head) {
+            uint32_t* const memory = one_head.get(Packed::words(shape, 1));
+            if (!memory) {
+                enough = false;
+                continue;
+            }
+            const Packed own(shape, head, 1, memory);
+            find_mean(own, k, head);
+            for (int64_t block = 0; block < k_blocks; ++block) pack(own, k, v, head, block * K_BLOCK);
+            for (int64_t i = 0; i < group * whole_blocks; ++i) {
+                attend_block(own, head * group + i / whole_blocks, i % whole_blocks, whole_size);
+            }
         }
-    } else {
+        one_head.trim();
+        if (shared) {
 #pragma omp for schedule(dynamic)
-        for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) find_mean(packed, k, kv_head);
+            for (int64_t head = whole; head < kv_heads; ++head) find_mean(packed, k, head);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < kv_heads * k_blocks; ++i) pack_block(i / k_blocks, i % k_blocks);
+            for (int64_t i = 0; i < shared * k_blocks; ++i) {
+                pack(packed, k, v, whole + i / k_blocks, i % k_blocks * K_BLOCK);
+            }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < kv_heads * group * blocks; ++i) { // the longest causal rows first
-            attend_block(i / blocks, blocks - 1 - i % blocks, size);
+            for (int64_t i = 0; i < shared * group * blocks; ++i) { // the longest causal rows first
+                attend_block(packed, whole * group + i / blocks, blocks - 1 - i % blocks, shared_size);
+            }
         }
     }
-    return true;
+    some_heads.trim();
+    return enough;
 }
 
 struct Arguments { // of sagecompile_attention
