@@ -19,25 +19,18 @@ from sagecompile.site import AttentionSite
 
 from .graph import with_subgraphs
 from .match import find
-from .prologue import CanFuse
 from .rewrite import rewrite
 from .shield import shield_softmax
 
 __all__ = ["find", "rewrite", "run", "shield_softmax"]
 
 
-def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], can_fuse: CanFuse = lambda *_: None) -> Report:
-    """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision.
-
-    QK-norm and RoPE go into the op where its provider has kernels for it and `can_fuse` has nothing against it.
-    """
-    matches = find(gm.graph)
-    decided = [(match, decide(match.site)) for match in matches]
-    done = iter(rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)], can_fuse))
+def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision]) -> Report:
+    """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision."""
+    decided = [(match, decide(match.site)) for match in find(gm.graph)]
+    rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
     for graph in with_subgraphs(gm.graph):
         shield_softmax(graph)
         if graph.owning_module is not None:
             graph.owning_module.recompile()
-    return Report(
-        tuple(Entry(match.site, next(done) if isinstance(decision, Use) else decision) for match, decision in decided)
-    )
+    return Report(tuple(Entry(match.site, decision) for match, decision in decided))

@@ -25,6 +25,7 @@ IN_PLACE_OPERATORS = frozenset(
 """Of the module `operator`; as methods, with two underscores on each side."""
 TRANSPARENT = ("tag_activation_checkpoint", "cond", "invoke_subgraph")
 """Higher-order ops whose subgraphs run as if they stood there: a checkpointed block, the branches of a condition."""
+CASTS = ("to", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
 COPIED_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 

@@ -7,9 +7,11 @@ One spelling a file: sdpa.py, unfused.py for softmax(QK^T)V, modules.py for PyTo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import fx
 
+from . import prologue
 from .graph import calls, live_nodes, with_subgraphs
 from .modules import match_encoder_layer, match_functional_mha, match_native_mha
 from .pattern import Match
@@ -36,4 +38,15 @@ def find(graph: fx.Graph) -> list[Match]:
             for name, matcher in SPELLINGS.items():
                 if node in live and calls(node, name):
                     found.append(matcher(node, live))
-    return [match for match in found if match is not None]
+    return [_with_prologues(match) for match in found if match is not None]
+
+
+def _with_prologues(match: Match) -> Match:
+    """The match, with what a kernel could do to its q and k as it reads them."""
+    if match.q is None or match.k is None:
+        return match
+    made = prologue.recognise(match.q, match.k, match.site.dtype, match.anchor)
+    if made is None:
+        return match
+    q_made, k_made = made
+    return replace(match, prologues=made, site=replace(match.site, prologues=(q_made.facts, k_made.facts)))

@@ -18,6 +18,7 @@ from sagecompile.site import AttentionSite
 
 from .graph import Builder, module_path, source_line, tensor
 from .operand import Operand
+from .prologue import Prologue
 
 Attend = Callable[[Builder, fx.Node, fx.Node, fx.Node], fx.Node]
 """Inserts the attention op on q, k, v of shape (batch, heads, tokens, head_dim)."""
@@ -32,6 +33,11 @@ class Match:
     emit: Callable[[Builder, Attend], fx.Node]
     tokens_first: bool
     """Whether the value lies in memory as (batch, tokens, heads, head_dim); else (batch, heads, tokens, head_dim)."""
+    q: Operand | None = None
+    """As the graph has it; None where the call makes it itself, from its own weights. So is `k`."""
+    k: Operand | None = None
+    prologues: tuple[Prologue, Prologue] | None = None
+    """What makes q and k, as `site.prologues` says."""
 
 
 def make_site(

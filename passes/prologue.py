@@ -7,7 +7,7 @@ no memory traffic, because others read the result too, or because memory does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sagecompile.formats import FORMATS
-from sagecompile.kernels.prologue import Kind
-from sagecompile.site import AttentionSite
+from sagecompile import site
 
-from .graph import Builder, argument, autocast_is_on, calls, holds_tensors, mutates, storage, tensor
-from .operand import Operand, changed_between, peel, standard
-from .unfused import CASTS
+from .graph import CASTS, Builder, argument, autocast_is_on, calls, holds_tensors, mutates, storage, tensor
+from .operand import Operand, changed_between, peel
 
 VIEWS = (
     "view reshape flatten unflatten transpose swapaxes swapdims permute movedim t unsqueeze squeeze narrow select "
@@ -31,10 +28,6 @@ WRITTEN = (
     "linear matmul __matmul__ mm bmm addmm baddbmm einsum conv1d conv2d conv3d _scaled_mm scaled_mm _int_mm"
 ).split()
 """Calls whose result Inductor writes to memory, and does not compute where it is read."""
-
-
-CanFuse = Callable[[AttentionSite, str, str, Kind, Kind], str | None]
-"""(site, format, provider, of q, of k) to None if that provider's kernels can do it, else the reason why not."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +48,28 @@ class Prologue:
         return self.eps is None and self.rope == "none"
 
     @property
-    def kind(self) -> Kind:
+    def facts(self) -> site.Prologue:
         """What kernels are compiled for."""
-        weight, table = tensor(self.weight), tensor(self.tables[0].node if self.tables else None)
-        dtypes = [None if found is None else found.dtype for found in (weight, table)]
-        return self.eps is not None, dtypes[0], self.rope, dtypes[1]
+        found = (tensor(self.weight), tensor(self.tables[0].node if self.tables else None))
+        weight, table = (None if x is None else str(x.dtype).removeprefix("torch.") for x in found)
+        return site.Prologue(self.eps is not None, weight, self.rope, table)
 
 
-def recognise(q: fx.Node, k: fx.Node, site: AttentionSite, format: str, anchor: fx.Node) -> tuple[Prologue, Prologue]:
-    """What makes q and k; a Prologue is empty where there is nothing that a kernel should do."""
-    nothing = Prologue(standard(q)), Prologue(standard(k))
-    if not isinstance(site.head_dim, int) or site.head_dim not in FORMATS[format].native_head_dims:
-        return nothing
-    q_made, k_made = (_recognise(node, anchor) for node in (q, k))
+def recognise(q: Operand, k: Operand, dtype: str, anchor: fx.Node) -> tuple[Prologue, Prologue] | None:
+    """What makes q and k of the call at `anchor`, which computes in `dtype`; None if there is nothing.
+
+    Where only one of them is made so, the other's is empty.
+    """
+    (*_, head_dim), found = q.sizes, tensor(q.node)
+    assert found is not None
+    if {str(q.dtype), str(k.dtype)} != {f"torch.{dtype}"} or not isinstance(head_dim, int):
+        return None
+    if autocast_is_on(anchor, found.device.type):
+        return None
+    q_made, k_made = (_recognise(operand, anchor) for operand in (q, k))
     if q_made.tables and k_made.tables and not all(map(_same_memory, q_made.tables, k_made.tables)):
-        k_made = nothing[1]
-    found = not (q_made.is_empty and k_made.is_empty)
-    return nothing if found and autocast_is_on(anchor, site.device_type) else (q_made, k_made)
-
-
-def describe(q: Prologue, k: Prologue) -> str:
-    """`QK-norm and RoPE`, `Q-norm and Q-RoPE`; "" if both are empty."""
-    norm = "Q" * (q.eps is not None) + "K" * (k.eps is not None)
-    rope = "Q" * (q.rope != "none") + "K" * (k.rope != "none")
-    found = [f"{norm}-norm"] if norm else []
-    found += [] if not rope else ["RoPE" if rope == "QK" else f"{rope}-RoPE"]
-    return " and ".join(found)
+        k_made = Prologue(peel(k))
+    return None if q_made.is_empty and k_made.is_empty else (q_made, k_made)
 
 
 def emit_table(build: Builder, table: Operand) -> fx.Node:
@@ -92,16 +81,15 @@ def emit_table(build: Builder, table: Operand) -> fx.Node:
     return build.call(torch.squeeze, build.call(torch.permute, node, table.order), 1)
 
 
-def _recognise(node: fx.Node, anchor: fx.Node) -> Prologue:
-    given = Operand(node, (0, 1, 2, 3))
+def _recognise(given: Operand, anchor: fx.Node) -> Prologue:
     found = _read(_uncast_operand(given))
     understood = (
         not found.is_empty
         and _in_memory(found.source.node)
-        and list(map(str, found.source.sizes)) == _sizes(node)
-        and _keeps_dtypes(node, found)
+        and list(map(str, found.source.sizes)) == list(map(str, given.sizes))
+        and _keeps_dtypes(given.node, found)
         and not any(changed_between(found.source.node, anchor, Operand(read, ())) for read in _reads(found))
-        and _is_only_for(_between(node, found), anchor)
+        and _is_only_for(_between(given.node, found), anchor)
     )
     return found if understood else Prologue(peel(given))
 

@@ -7,7 +7,6 @@ any more. The op is a torch.library op with plain arguments, so AOTAutograd's an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,42 +14,36 @@ from torch import fx
 
 import sagecompile.ops  # noqa: F401  (registers torch.ops.sagecompile)
 from sagecompile.decide import Use
-from sagecompile.formats import PROVIDERS
 
 from . import prologue
 from .graph import Builder, erase_dead, tensor
 from .pattern import Match
-from .prologue import CanFuse, Prologue
+from .prologue import Prologue
 
 
-def rewrite(used: Sequence[tuple[Match, Use]], can_fuse: CanFuse) -> list[Use]:
-    """Replace each match's anchor by the op of its decision, in the graph that it is in; return what was done."""
-    done = [_replace(match, use, can_fuse) for match, use in used]
+def rewrite(used: Sequence[tuple[Match, Use]]) -> None:
+    """Replace each match's anchor by the op of its decision, in the graph that it is in."""
+    for match, use in used:
+        _replace(match, use)
     for graph in {match.anchor.graph: None for match, _ in used}:
         erase_dead(graph, [match.anchor for match, _ in used if match.anchor.graph is graph])
         graph.lint()
-    return done
 
 
-def _replace(match: Match, use: Use, can_fuse: CanFuse) -> Use:
-    """One anchor; the decision comes back with what else was fused."""
-    fused = ""
+def _replace(match: Match, use: Use) -> None:
+    """One anchor."""
+    how = {
+        "scale": match.site.scale,
+        "is_causal": match.site.is_causal,
+        "format": use.format,
+        "provider": use.provider,
+        "tokens_first": match.tokens_first,
+    }
 
     def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-        nonlocal fused
-        how = {
-            "scale": match.site.scale,
-            "is_causal": match.site.is_causal,
-            "format": use.format,
-            "provider": use.provider,
-            "tokens_first": match.tokens_first,
-        }
-        if PROVIDERS[use.provider].prologues:
-            q_made, k_made = prologue.recognise(q, k, match.site, use.format, match.anchor)
-            found = prologue.describe(q_made, k_made)
-            if found and can_fuse(match.site, use.format, use.provider, q_made.kind, k_made.kind) is None:
-                fused = found
-                return _attend_from_projections(build, q_made, k_made, v, how)
+        if use.fused:
+            assert match.prologues is not None, match.site
+            return _attend_from_projections(build, *match.prologues, v, how)
         return build.call(torch.ops.sagecompile.attention.default, q, k, v, **how)
 
     result = match.emit(Builder(match.anchor), attend)
@@ -58,7 +51,6 @@ def _replace(match: Match, use: Use, can_fuse: CanFuse) -> Use:
     assert old is not None and new is not None
     assert [str(size) for size in old.shape] == [str(size) for size in new.shape], (match.site, old.shape, new.shape)
     match.anchor.replace_all_uses_with(result)
-    return replace(use, fused=fused)
 
 
 def _attend_from_projections(build: Builder, q: Prologue, k: Prologue, v: fx.Node, how: dict[str, Any]) -> fx.Node:

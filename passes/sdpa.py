@@ -55,4 +55,4 @@ def match_sdpa(node: fx.Node, live: set[fx.Node]) -> Match | None:
         result = attend(build, *(item.emit(build, out.dtype) for item in (q, k, v)))
         return squeeze_to(build, result, out.dim())
 
-    return Match(site, node, emit, tokens_first(out))
+    return Match(site, node, emit, tokens_first(out), q, k)

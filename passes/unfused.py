@@ -14,11 +14,10 @@ from torch import fx
 
 from . import contraction, masks
 from .contraction import Contraction, Roles
-from .graph import Builder, argument, calls, name_of, tensor
+from .graph import CASTS, Builder, argument, calls, name_of, tensor
 from .operand import changed_between, undo_repeats
 from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, squeeze_to, tokens_first
 
-CASTS = ("to", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
 PRODUCTS = ("mul", "multiply", "imul", "mul_")
 QUOTIENTS = ("div", "divide", "truediv", "true_divide", "itruediv", "div_")
 SUMS = ("add", "iadd", "add_")
@@ -93,7 +92,7 @@ def _match(scores: Contraction, weighted: Contraction, roles: Roles, walk: _Walk
             result = build.call(torch.permute, result, roles.out_order)
         return result
 
-    return Match(site, weighted.node, emit, tokens_first(out, roles.out_order))
+    return Match(site, weighted.node, emit, tokens_first(out, roles.out_order), q, k)
 
 
 def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[fx.Node, Contraction] | None:

@@ -16,12 +16,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import sagecompile.passes as passes
-from sagecompile import report, settings
+from sagecompile import ops, report, settings
 from sagecompile.cost.local import Local
 from sagecompile.decide import Decision, decide
 from sagecompile.dump import dump
 from sagecompile.kernels import available
-from sagecompile.ops import attention
 from sagecompile.report import Report
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite
@@ -53,7 +52,7 @@ def sage_inductor(
     ours, inductor_options = settings.resolve(options)
     inductor = _inductor(mode, inductor_options)
     dump(gm, "before")
-    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)), available.prologue_refusal)
+    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)))
     dump(gm, "after")
     logger.info(done.summary())
     logger.debug("\n%s", done)
@@ -86,7 +85,7 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 @cache
 def measurements(device: str, cuda_graphs: bool) -> Local:
     """What this machine itself says of a device, for graphs that are captured in CUDA graphs or not."""
-    return Local(available.machine(device) | {"sources": source_hash()}, attention, cuda_graphs)
+    return Local(available.machine(device) | {"sources": source_hash()}, ops, cuda_graphs)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -110,7 +109,7 @@ def explain_with(
         nonlocal found
         dump(gm, "before")
         rewritten = _copy(gm)
-        found += passes.run(rewritten, decision, available.prologue_refusal)
+        found += passes.run(rewritten, decision)
         dump(rewritten, "after")
         return gm.forward
 

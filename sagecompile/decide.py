@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from .cost import NEAR, Alternative, Measures, Prediction, predict
-from .formats import FORMATS, PROVIDERS, Format, Provider, beats
+from .formats import FORMATS, PROVIDERS, Format, Provider, beats, fuses
 from .settings import Settings
 from .site import AttentionSite, Device
 
@@ -24,7 +24,7 @@ class Use:
     prediction: Prediction | None = None
     """What `auto` went by; None under `always`, which asks for no measurement."""
     fused: str = ""
-    """What the kernel does besides attention, as the rewritten graph says: `QK-norm and RoPE`."""
+    """What the kernel does besides attention: `QK-norm and RoPE`."""
 
     @property
     def alternative(self) -> Alternative:
@@ -87,7 +87,8 @@ def decide(
             if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
                 wanted = (site, name, provider.name, device.name, settings.min_speedup, cuda_graphs)
                 prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
-                candidates.append(Use(name, provider.name, prediction))
+                fused = site.prologue if fuses((name, provider.name), site.head_dim) else ""
+                candidates.append(Use(name, provider.name, prediction, fused))
     refused: dict[Alternative, str | None] = {}
 
     def runs(use: Use) -> bool:

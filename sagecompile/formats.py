@@ -110,6 +110,12 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
+def fuses(alternative: tuple[str, str], head_dim: int) -> bool:
+    """Whether a (format, provider) does the prologues of q and k too: where it need not pad the head dim."""
+    format, provider = alternative
+    return PROVIDERS[provider].prologues and head_dim in FORMATS[format].native_head_dims
+
+
 def beats(one: tuple[str, str], other: tuple[str, str]) -> bool:
     """Whether another (format, provider) need not be tried where this one runs, which comes before it in the table."""
     return one[0] == other[0] and other[1] in PROVIDERS[one[1]].beats

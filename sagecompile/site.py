@@ -7,10 +7,22 @@ No policy here, and no torch: a symbolic size stays the SymInt it is, so that co
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 Size = Any
 """An int, or a torch.SymInt where the graph is compiled for more than one size."""
+
+
+class Prologue(NamedTuple):
+    """What makes q or k out of its projection, as far as a kernel can do it as it reads that: kernels/prologue.py."""
+
+    norm: bool = False
+    weight: str | None = None
+    """Of the norm: its dtype; None without one."""
+    rope: str = "none"
+    """Which channels turn together."""
+    table: str | None = None
+    """Dtype of cos and sin."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class AttentionSite:
     """Multiplies the scores; None is 1 / sqrt(head_dim)."""
     dropout_p: float = 0.0
     needs_grad: bool = False
+    prologues: tuple[Prologue, Prologue] | None = None
+    """Of q and k, where there is something that a kernel could do."""
     obstacle: str | None = None
     """What in the graph itself stands in the way, e.g. `attention weights: used elsewhere (by mean)`."""
 
@@ -62,9 +76,20 @@ class AttentionSite:
         length = f"{self.q_len}" if _same(self.q_len, self.kv_len) else f"{self.q_len}-{self.kv_len}"
         return f"{self.batch}x{heads}x{length}x{self.head_dim}"
 
+    @property
+    def prologue(self) -> str:
+        """Both in words: `QK-norm and RoPE`, `Q-norm and Q-RoPE`; "" if there are none."""
+        found = dict(zip("QK", self.prologues or (), strict=False))
+        norm = "".join(name for name, made in found.items() if made.norm)
+        rope = "".join(name for name, made in found.items() if made.rope != "none")
+        parts = [f"{norm}-norm"] if norm else []
+        parts += [] if not rope else ["RoPE" if rope == "QK" else f"{rope}-RoPE"]
+        return " and ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a symbolic size becomes its expression as text."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        named = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return named | {"prologues": [made._asdict() for made in self.prologues] if self.prologues else None}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "dump": set(),
     "sources": set(),
     "settings": {"errors", "formats"},
-    "cost": {"site"},
+    "cost": {"formats", "site"},
     "decide": {"cost", "formats", "settings", "site"},
     "report": {"decide", "site"},
     "kernels": {"errors", "formats", "site"},

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 
 from sagecompile import cost
-from sagecompile.cost.profile import SCHEMA, SDPA, Point, Profile, crossing_of, to_json
+from sagecompile.cost.profile import SCHEMA, SDPA, Family, Point, Profile, crossing_of, to_json
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 8, 8, 2048, 2048, 128, 128, "bfloat16", "cuda:0")
-FAMILY, FAST = ("bfloat16", 128, False), "qk_int8_pv_fp8 triton"
+FAMILY, FAST = Family("bfloat16", 128, False), "qk_int8_pv_fp8 triton"
 
 
 class Symbolic:
@@ -34,7 +34,7 @@ class Symbolic:
 
 def profile(*heads_length_us):
     """(heads, length, microseconds of SDPA, of the alternative)."""
-    points = (Point(*FAMILY, heads, length, {SDPA: a, FAST: b}) for heads, length, a, b in heads_length_us)
+    points = (Point(FAMILY, heads, length, {SDPA: a, FAST: b}) for heads, length, a, b in heads_length_us)
     return Profile("GPU", "2026-01-01", tuple(points))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from sagecompile.cost.local import Local
 from sagecompile.cost.profile import Time
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.errors import OptionError
+from sagecompile.formats import PROVIDERS
 from sagecompile.settings import Settings
-from sagecompile.site import AttentionSite, Device
+from sagecompile.site import AttentionSite, Device, Prologue
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 4, 2, 90, 90, 72, 72, "float32", "cpu")
 """No profile covers a head_dim of 72."""
@@ -44,7 +46,7 @@ def races(monkeypatch):
     """The races that were run; each has TIMES."""
     run = []
 
-    def race(site, alternatives, attention):
+    def race(site, alternatives, ops):
         run.append((site, tuple(alternatives)))
         return {"sdpa": TIMES["sdpa"]} | {" ".join(alternative): TIMES[alternative] for alternative in alternatives}
 
@@ -53,7 +55,7 @@ def races(monkeypatch):
 
 
 def machine(cuda_graphs=True, **changes):
-    return Local({"device": "some CPU"} | changes, ops.attention, cuda_graphs)
+    return Local({"device": "some CPU"} | changes, ops, cuda_graphs)
 
 
 def forget(monkeypatch):
@@ -108,7 +110,7 @@ class TestMeasure:
 
     @pytest.mark.parametrize(("sleep_s", "wins"), [(0.0, True), (0.02, False)])
     def test_what_is_timed_is_the_kernel(self, sleep_s, wins):
-        timed = Local({}, lambda *tensors, **how: time.sleep(sleep_s), cuda_graphs=False)
+        timed = Local({}, SimpleNamespace(attention=lambda *_, **how: time.sleep(sleep_s)), cuda_graphs=False)
         (prediction,) = timed.measure(SITE, [ACCURATE]).values()
         assert (prediction.speedup > 1) == wins
 
@@ -116,6 +118,76 @@ class TestMeasure:
         before = torch.get_rng_state()
         assert machine().measure(SITE, [FAST]).keys() == {FAST}
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestPrologues:
+    """What a kernel does to q and k as it reads them is measured as it is in the graph."""
+
+    MADE = Prologue(True, "bfloat16", "half", "float32")
+    SITE = replace(SITE, prologues=(MADE, MADE), head_dim=64, value_dim=64)
+
+    @pytest.fixture
+    def seen(self, monkeypatch):
+        """Of each op its arguments, of each race the calls."""
+        seen = []
+
+        def recording(name):
+            def op(*tensors, **how):
+                seen.append((name, tensors, how))
+                return getattr(ops, name)(*tensors, **how)
+
+            return op
+
+        names = ("attention", "qk_norm_rope_attention")
+        return seen, SimpleNamespace(**{name: recording(name) for name in names})
+
+    def test_are_the_kernels_own_where_it_does_them(self, seen):
+        calls, recorded = seen
+        times = local.race(self.SITE, [("qk_int8_pv_fp16", "reference")], recorded, budget_s=0.0)
+        assert times.keys() == {"sdpa", "qk_int8_pv_fp16 reference"}
+        assert {name for name, _, _ in calls} == {"qk_norm_rope_attention"}
+        _, (q, k, v), how = calls[0]
+        assert q.shape == (2, 4, 90, 64) and k.shape == v.shape == (2, 2, 90, 64)
+        assert how["cos"].shape == how["sin"].shape == (1, 90, 64) and how["cos"].dtype == torch.float32
+        assert how["q_weight"].shape == how["k_weight"].shape == (64,) and how["k_weight"].dtype == torch.bfloat16
+        assert how["q_rope"] == how["k_rope"] == "half" and how["q_eps"] and how["k_eps"]
+
+    @pytest.mark.parametrize("which", [0, 1], ids="qk")
+    def test_of_one_of_the_two_leave_the_other_alone(self, seen, which):
+        made = [Prologue(), Prologue()]
+        made[which] = Prologue(rope="interleaved", table="bfloat16")
+        site = replace(self.SITE, prologues=tuple(made), q_len=70)
+        calls, recorded = seen
+        local.race(site, [("qk_int8_pv_fp16", "reference")], recorded, budget_s=0.0)
+        how = calls[0][2]
+        assert [how["q_rope"], how["k_rope"]][which] == "interleaved" and how["cos"].shape[1] == (70, 90)[which]
+        assert [how["q_rope"], how["k_rope"]][1 - which] == "none" and how["q_eps"] is how["k_eps"] is None
+
+    def test_are_written_to_memory_for_the_others(self, seen, monkeypatch):
+        """By a copy of q and of k, in front of SDPA and of a kernel that reads what they make."""
+        calls, recorded = seen
+        local.race(self.SITE, [("qk_int8_pv_fp16", "reference"), ACCURATE], recorded, budget_s=0.0)
+        plain = [tensors for name, tensors, _ in calls if name == "attention"]
+        fused = [tensors for name, tensors, _ in calls if name == "qk_norm_rope_attention"]
+        memory = {x.data_ptr() for x in fused[0][:2]}
+        assert len(plain) == len(fused) and all(x.data_ptr() not in memory for q, k, _ in plain for x in (q, k))
+        assert all(torch.equal(plain[0][i], fused[0][i]) for i in range(3))
+
+    def test_are_nothing_to_a_race_without_a_kernel_for_them(self, seen):
+        calls, recorded = seen
+        local.race(self.SITE, [ACCURATE], recorded, budget_s=0.0)
+        assert len({q.data_ptr() for _, (q, _, _), _ in calls}) == 1
+
+    def test_are_remembered_apart(self, races, monkeypatch):
+        monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
+        machine().measure(self.SITE, [ACCURATE])
+        assert machine().recall(self.SITE) and not machine().recall(replace(self.SITE, prologues=None))
+        other = (self.MADE._replace(rope="interleaved"), self.MADE)
+        assert not machine().recall(replace(self.SITE, prologues=other))
+
+    def test_that_no_kernel_of_the_device_does_are_not(self, races):
+        machine().measure(self.SITE, [ACCURATE])
+        assert machine().recall(replace(self.SITE, prologues=None))
 
 
 @pytest.mark.gpu
@@ -132,7 +204,7 @@ def test_a_race_on_a_gpu_leaves_it_as_it_was():
             q = q * 1.0
         return q
 
-    times = local.race(site, [FAST], slow)
+    times = local.race(site, [FAST], SimpleNamespace(attention=slow))
     torch.cuda.synchronize()
     assert torch.cuda.current_stream() == stream and torch.cuda.memory_allocated() <= before
     assert torch.equal(torch.cuda.get_rng_state(), state) and torch.randn(1, device="cuda").isfinite().all()
@@ -162,7 +234,7 @@ class TestReasons:
             tried.append(tensors)
             raise RuntimeError("no such instruction")
 
-        failing = Local({}, broken, cuda_graphs=False)
+        failing = Local({}, SimpleNamespace(attention=broken), cuda_graphs=False)
         for _ in range(2):
             assert failing.measure(SITE, [ACCURATE]) == "measuring failed: RuntimeError: no such instruction"
         assert len(tried) == 1, "not once more for each layer"

@@ -12,14 +12,15 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from sagecompile.errors import SageCompileError
+from sagecompile.site import Prologue
 
 if TYPE_CHECKING:
-    from sagecompile.cost.profile import Time
+    from sagecompile.cost.profile import Family, Time
     from sagecompile.site import AttentionSite
 
 HELP = "measure this device, for policy=auto"
@@ -32,8 +33,11 @@ class Grid:
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]
     heads: tuple[int, ...]
+    """Of all sequences."""
     lengths: tuple[int, ...]
     """Round ones, and others between them."""
+    fused_dtypes: tuple[str, ...]
+    """That are measured with a QK-norm and RoPE in front as well."""
     flops: float
     turns: int
     """How often all of it is measured. The fastest counts: what else runs on a CPU only slows, and not for long."""
@@ -45,25 +49,35 @@ GRIDS = {
     "cpu": Grid(
         dtypes=("float32", "bfloat16"),
         head_dims=(32, 64, 96, 128),
-        heads=(2, 8, 48),
+        heads=(2, 6, 16, 48),
         lengths=(
-            *(9, 16, 24, 31, 32, 33, 48, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 255, 256, 257),
-            *(361, 512, 725, 1024, 1449, 2048, 2897, 4096),
+            *(16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+            *(9, 23, 29, 34, 46, 50, 61, 66, 94, 125, 130, 189, 194, 253, 258, 361, 509, 514, 725, 1449, 2897),
         ),
-        flops=4e9,
-        turns=2,
-        budget_s=0.008,
+        fused_dtypes=(),
+        flops=2e9,
+        turns=4,
+        budget_s=0.005,
     ),
     "cuda": Grid(
         dtypes=("bfloat16", "float16"),
         head_dims=(64, 96, 128),
-        heads=(16, 64, 256),
+        heads=(4, 16, 64, 256),
         lengths=(512, 725, 1024, 1449, 2048, 2897, 4096, 5793, 8192, 11585, 16384, 23170, 32768),
+        fused_dtypes=("bfloat16",),
         flops=2e13,
         turns=1,
         budget_s=0.025,
     ),
 }
+
+
+FUSED = (Prologue(norm=True, weight="bfloat16", rope="interleaved", table="float32"),) * 2
+"""The one that stands for all: it reads the largest tables."""
+HEADS = 16
+"""Of one sequence at most, as models have them; more are of several."""
+LAUNCHES_EVERY = 10
+"""Shapes: a launch takes as long at any."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,12 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not measured:
         raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
     points = [
-        Point(
-            site.dtype, site.head_dim, site.is_causal, site.heads, site.q_len, {n: t.device for n, t in times.items()}
-        )
+        Point(_family(site), site.batch * site.heads, site.q_len, {name: time.device for name, time in times.items()})
         for site, times in measured
     ]
-    text = render(to_json(facts, points, _launches(times for _, times in measured)))
+    text = render(to_json(facts, points, _launches(measured)))
     file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,12 +124,13 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
     """Every point of the device's grid that a kernel can run, with progress on stderr."""
     import torch
 
+    from sagecompile import ops
     from sagecompile.backend import measurements
     from sagecompile.cost import store
     from sagecompile.cost.local import race
-    from sagecompile.cost.profile import Time
+    from sagecompile.cost.profile import Time, fastest
+    from sagecompile.formats import fuses
     from sagecompile.kernels import available
-    from sagecompile.ops import attention
 
     from .bench.shapes import Shape
 
@@ -126,41 +139,52 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
     grid = GRIDS[device.partition(":")[0]]
     local = measurements(device, cuda_graphs=False)
     shapes = (
-        Shape(dtype, head_dim, is_causal, length, batch=1, heads=heads)
+        Shape(dtype, head_dim, is_causal, length, batch=-(-heads // HEADS), heads=min(heads, HEADS))
         for dtype, head_dim, is_causal, heads, length in product(
             grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths
         )
     )
-    sites = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
-    fastest: list[dict[str, Time]] = [{} for _ in sites]
+    plain = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
+    sites = plain + [replace(site, prologues=FUSED) for site in plain if site.dtype in grid.fused_dtypes]
+    able = [available.runners(site) for site in sites]
+    times: list[dict[str, Time]] = [{} for _ in sites]
     for turn, (which, site) in product(range(grid.turns), enumerate(sites)):
         done = turn * len(sites) + which
         if done % 10 == 0:
             total = f"{done} of {grid.turns * len(sites)}"
             print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
-        able = available.runners(site)
-        key = {"calibration": turn, "runners": [" ".join(runner) for runner in able]} | local.key(site)
+        if not able[which] or (site.prologues and not any(fuses(runner, site.head_dim) for runner in able[which])):
+            continue
+        key = {"calibration": turn, "runners": [" ".join(runner) for runner in able[which]]} | local.key(site)
         found = store.recall(key)
-        if found is None and able:
+        if found is None:
             try:
-                found = dict(race(site, able, attention, grid.budget_s))
+                found = dict(race(site, able[which], ops, grid.budget_s, launches=which % LAUNCHES_EVERY == 0))
             except (torch.OutOfMemoryError, MemoryError):
                 print(f"\n{site.shape} left out: no memory", file=sys.stderr)
                 continue
             store.remember(key, found)
-        for name, time in (found or {}).items():
-            fastest[which][name] = min(fastest[which].get(name, Time(*time)), Time(*time))
+        times[which] = fastest(times[which], {name: Time(*time) for name, time in found.items()})
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
-    return [(site, times) for site, times in zip(sites, fastest, strict=True) if times]
+    return [(site, measured) for site, measured in zip(sites, times, strict=True) if measured]
 
 
-def _launches(measured: Iterable[Mapping[str, Time]]) -> dict[str, float]:
+def _family(site: AttentionSite) -> Family:
+    from sagecompile.cost.profile import Family
+
+    return Family(site.dtype, site.head_dim, site.is_causal, site.prologues is not None)
+
+
+def _launches(measured: Iterable[tuple[AttentionSite, Mapping[str, Time]]]) -> dict[str, float]:
     """Median microseconds of the host by name, which no shape changes; nothing where there are none."""
+    from sagecompile.cost.profile import launched
+
     found: dict[str, list[float]] = {}
-    for times in measured:
+    for site, times in measured:
         for name, time in times.items():
-            found.setdefault(name, []).append(time.launch)
-    return {name: median for name, us in sorted(found.items()) if (median := statistics.median(us)) > 0}
+            if time.launch > 0:
+                found.setdefault(launched(name, _family(site).fused), []).append(time.launch)
+    return {name: statistics.median(us) for name, us in sorted(found.items())}
 
 
 def render(profile: dict[str, Any]) -> str:

@@ -16,10 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
+from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite
 
 from . import store
-from .profile import Profile, crossing_of, speedup
+from .profile import Family, Profile, crossing_of, speedup
 
 logger = logging.getLogger("sagecompile")
 
@@ -88,10 +89,15 @@ def predict(
     crossing, the shortest from which on the kernel wins by `wanted`: no length is compared here. Symbolic numbers of
     heads are compared once, with the fewest measured.
     """
-    profile = profiles().get(device)
-    family, alternative = (site.dtype, site.head_dim, site.is_causal), f"{format} {provider}"
-    fewest = profile.fewest_heads(family, alternative) if profile and isinstance(site.head_dim, int) else None
-    if profile is None or fewest is None:
+    profile, alternative = profiles().get(device), f"{format} {provider}"
+    if profile is None or not isinstance(site.head_dim, int):
+        return None
+    family = Family(site.dtype, site.head_dim, site.is_causal)
+    if site.prologues and fuses((format, provider), site.head_dim):
+        fused = family._replace(fused=True)  # without it, what fusing saves is not counted
+        family = fused if profile.fewest_heads(fused, alternative) is not None else family
+    fewest = profile.fewest_heads(family, alternative)
+    if fewest is None:
         return None
     heads = site.batch * site.heads
     if heads < fewest:
@@ -104,7 +110,8 @@ def predict(
             return None
         found = speedup(times, cuda_graphs)
         sdpa, ours = (_shown(time.us(cuda_graphs)) for time in times)
-        return Prediction(found, f"{ours} against {sdpa}, {when}", sure=not wanted / NEAR < found < wanted * NEAR)
+        basis = f"{ours} against {sdpa}{' with what makes q and k' if family.fused else ''}, {when}"
+        return Prediction(found, basis, sure=not wanted / NEAR < found < wanted * NEAR)
     curves = profile.speedups(family, alternative, heads, cuda_graphs)
     if not curves:
         return None

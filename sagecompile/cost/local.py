@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.site import AttentionSite
+from sagecompile.formats import PROVIDERS, fuses
+from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, store
 from .profile import SDPA, Time, speedup
@@ -34,8 +35,12 @@ MEMORY = 1 << 29
 """Bytes of q, k, v and the outputs."""
 BUDGET_S = 0.05
 
-Attention = Callable[..., Any]
-"""What is put into graphs: torch.ops.sagecompile.attention."""
+
+class Ops(Protocol):
+    """What is put into graphs: sagecompile.ops."""
+
+    attention: Any
+    qk_norm_rope_attention: Any
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Local:
 
     machine: Mapping[str, Any]
     """What a measurement holds for: device, driver, versions, threads."""
-    attention: Attention
+    ops: Ops
     cuda_graphs: bool
     """Whether what is compiled is captured in a CUDA graph, where launches cost nothing."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -83,7 +88,7 @@ class Local:
         smaller = _shrink(site, len(alternatives))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-                times = race(smaller, alternatives, self.attention)
+                times = race(smaller, alternatives, self.ops)
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
             reason = f"measuring failed: {type(failure).__name__}: {failure}"
             self.failures[_name(self.key(site))] = reason
@@ -97,44 +102,101 @@ class Local:
         """What a measurement of such a site is kept under."""
         names = "batch heads kv_heads q_len kv_len head_dim dtype is_causal".split()
         found = dict(self.machine) | {name: getattr(site, name) for name in names}
+        fusing = (row for row in PROVIDERS.values() if row.prologues and row.may_win)
+        if site.prologues and any(site.device_type in row.devices for row in fusing):
+            found["prologues"] = [made._asdict() for made in site.prologues]
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
 
 
 def race(
-    site: AttentionSite, alternatives: Sequence[Alternative], attention: Attention, budget_s: float = BUDGET_S
+    site: AttentionSite,
+    alternatives: Sequence[Alternative],
+    ops: Ops,
+    budget_s: float = BUDGET_S,
+    launches: bool = True,
 ) -> dict[str, Time]:
-    """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`."""
+    """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`.
+
+    Where one of them does the prologues of q and k, the others get what these make: written again by a copy, which
+    moves the bytes that Inductor's kernel for them does, and takes at most as long. `launches`: whether they are timed.
+    """
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
     scale = site.scale if site.scale is not None else site.head_dim**-0.5
     group = site.heads // site.kv_heads
 
     def tensor(heads: int, length: int) -> torch.Tensor:
-        size = (site.batch, length, heads, site.head_dim)
-        return torch.randn(size, generator=generator, device=site.device).to(dtype).transpose(1, 2)
+        """The same numbers for all heads: making others would take longer than the race."""
+        one = torch.randn((1, length, 1, site.head_dim), generator=generator, device=site.device).to(dtype)
+        return one.repeat(site.batch, 1, heads, 1).transpose(1, 2)
 
     q = tensor(site.heads, site.q_len)
     k, v = tensor(site.kv_heads, site.kv_len), tensor(site.kv_heads, site.kv_len)
     # In float32 SDPA has no fast CUDA kernel for groups: models that repeat K and V themselves get one.
     repeats = group if site.device_type == "cuda" and site.dtype == "float32" else 1
-    their_k, their_v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k, v))
+    repeated = [x.repeat_interleave(repeats, 1) for x in (k, v)] if repeats > 1 else None
+    fusing = [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
+    q_prologue, k_prologue = site.prologues if site.prologues and fusing else (Prologue(), Prologue())
+    fused = _fused_arguments(site, q_prologue, k_prologue, generator) if fusing else {}
+
+    def made(x: torch.Tensor, prologue: Prologue) -> torch.Tensor:
+        return x if prologue == Prologue() else x.clone()
 
     def sdpa() -> torch.Tensor:
-        grouped = group > repeats
-        return F.scaled_dot_product_attention(
-            q, their_k, their_v, is_causal=site.is_causal, scale=scale, enable_gqa=grouped
-        )
+        their_q, their_k, their_v = made(q, q_prologue), made(k, k_prologue), v
+        if repeated:
+            their_k, their_v = repeated
+        how = {"is_causal": site.is_causal, "scale": scale, "enable_gqa": group > repeats}
+        return F.scaled_dot_product_attention(their_q, their_k, their_v, **how)
 
     def ours(format: str, provider: str) -> torch.Tensor:
         how = {"scale": scale, "is_causal": site.is_causal, "tokens_first": True}
-        return attention(q, k, v, format=format, provider=provider, **how)  # type: ignore[no-any-return]
+        how |= {"format": format, "provider": provider}
+        if (format, provider) in fusing:
+            return ops.qk_norm_rope_attention(q, k, v, **fused, **how)  # type: ignore[no-any-return]
+        return ops.attention(made(q, q_prologue), made(k, k_prologue), v, **how)  # type: ignore[no-any-return]
 
     calls: dict[str, Callable[[], object]] = {SDPA: sdpa}
     calls |= {" ".join(alternative): partial(ours, *alternative) for alternative in alternatives}
+    kept = _memory_at_hand(q) if site.device_type == "cpu" else None
     here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
     uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
     with here, torch.autocast(site.device_type, enabled=False):
-        return interleaved_times(calls, site.device_type, budget_s, uncaptured)
+        times = interleaved_times(calls, site.device_type, budget_s, uncaptured, launches)
+    del kept
+    return times
+
+
+def _memory_at_hand(like: torch.Tensor) -> torch.Tensor:
+    """Something to hold on to while results like this are made again and again on a CPU.
+
+    It lies above a hole in the heap that they fit into. Without one, whether the C library gives their memory back to
+    the system each time, to get new pages for it, depends on what the process did before; that takes up to as long as
+    attention itself.
+    """
+    torch.empty_like(like)  # once freed, others of this size come from the heap
+    hole = [torch.empty_like(like) for _ in range(4)]
+    above = torch.empty_like(like)
+    del hole
+    return above
+
+
+def _fused_arguments(
+    site: AttentionSite, q_prologue: Prologue, k_prologue: Prologue, generator: torch.Generator
+) -> dict[str, Any]:
+    """Of qk_norm_rope_attention, on random numbers."""
+
+    def random(dtype: str | None, *size: int) -> torch.Tensor | None:
+        found = torch.rand(size, generator=generator, device=site.device)
+        return None if dtype is None else found.to(getattr(torch, dtype))
+
+    length = site.q_len if q_prologue.table else site.kv_len
+    tables = [random(q_prologue.table or k_prologue.table, 1, length, site.head_dim) for _ in range(2)]
+    found: dict[str, Any] = dict(zip(("cos", "sin"), tables, strict=True))
+    for name, prologue in (("q", q_prologue), ("k", k_prologue)):
+        found[f"{name}_weight"] = random(prologue.weight, site.head_dim)
+        found |= {f"{name}_eps": 1e-6 if prologue.norm else None, f"{name}_rope": prologue.rope}
+    return found
 
 
 def _name(key: Mapping[str, Any]) -> str:

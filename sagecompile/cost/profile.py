@@ -1,7 +1,8 @@
 """A device's profile: how long SDPA and its alternatives took on a grid of shapes, and what that says in between.
 
-In: points, each the device's times at one dtype, head dim, causality, number of heads and length, and what a launch
-costs the host. Out: times at any shape that the grid encloses, and the length from which on an alternative wins.
+In: points, each the device's times at one dtype, head dim, causality, number of heads and length, with q and k as they
+are or still to be normed and rotated, and what a launch costs the host. Out: times at any shape that the grid encloses,
+and the length from which on an alternative wins.
 Between points times are powers of the length and of the heads, straight lines in logarithms; lengths that are multiples
 of ROUND have lines of their own, because many kernels are faster there. Beyond the longest length and the most heads
 the last ratio holds, as all processors are at work by then; below the shortest and the fewest nothing is said. Where
@@ -14,16 +15,25 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
-SCHEMA = 3
+SCHEMA = 4
 SDPA = "sdpa"
-ROUND = 32
+ROUND = 16
 
 Curve = list[tuple[int, float]]
 """(length, speed-up over SDPA), by rising length."""
-Family = tuple[str, int, bool]
-"""(dtype, head_dim, is_causal)"""
+
+
+class Family(NamedTuple):
+    """What is never interpolated between."""
+
+    dtype: str
+    head_dim: int
+    is_causal: bool
+    fused: bool = False
+    """Whether q and k were made by prologues: by the alternative's own kernels, in front of SDPA by others."""
 
 
 class Time(NamedTuple):
@@ -42,9 +52,7 @@ class Time(NamedTuple):
 class Point:
     """Self-attention of `heads` heads in all, of all sequences, with `length` queries and keys each."""
 
-    dtype: str
-    head_dim: int
-    is_causal: bool
+    family: Family
     heads: int
     length: int
     us: Mapping[str, float]
@@ -82,7 +90,7 @@ class Profile:
     date: str
     points: tuple[Point, ...]
     launch_us: Mapping[str, float] = field(default_factory=dict)
-    """Of the host, by the same names, at any shape; none on a CPU."""
+    """Of the host at any shape, by the same names, `launched` where prologues are fused; none on a CPU."""
     source: str = "shipped"
     """`shipped`, or the file of `sagecompile calibrate`."""
 
@@ -92,7 +100,7 @@ class Profile:
         if stored["schema"] != SCHEMA:
             raise ValueError(f"schema {stored['schema']}: this version reads {SCHEMA}")
         points = tuple(
-            Point(group["dtype"], group["head_dim"], group["is_causal"], heads, length, dict(us))
+            Point(Family(**{name: group[name] for name in Family._fields}), heads, length, dict(us))
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
@@ -104,7 +112,7 @@ class Profile:
         found: dict[tuple[Family, str, bool], dict[int, list[Point]]] = {}
         for point in sorted(self.points, key=lambda point: (point.heads, point.length)):
             for name in point.us.keys() - {SDPA}:
-                key = (point.dtype, point.head_dim, point.is_causal), name, point.length % ROUND == 0
+                key = point.family, name, point.length % ROUND == 0
                 found.setdefault(key, {}).setdefault(point.heads, []).append(point)
         return {key: {heads: _line(on, key[1]) for heads, on in lines.items()} for key, lines in found.items()}
 
@@ -119,16 +127,12 @@ class Profile:
 
     def times(self, family: Family, alternative: str, heads: int, length: float) -> tuple[Time, Time] | None:
         """Of SDPA and of the alternative, or None outside of what was measured."""
-        return self._times(self._of(family, alternative, length % ROUND == 0), alternative, heads, length)
+        found = self._device_us(self._of(family, alternative, length % ROUND == 0), heads, length)
+        return None if found is None else self._with_launches(found, family, alternative)
 
-    def _times(
-        self, lines: Mapping[int, Line], alternative: str, heads: int, length: float
-    ) -> tuple[Time, Time] | None:
-        found = self._device_us(lines, heads, length)
-        if found is None:
-            return None
-        sdpa, other = (self.launch_us.get(name, 0.0) for name in (SDPA, alternative))
-        return Time(found[0], sdpa), Time(found[1], other)
+    def _with_launches(self, device_us: tuple[float, float], family: Family, alternative: str) -> tuple[Time, Time]:
+        sdpa, other = (self.launch_us.get(launched(name, family.fused), 0.0) for name in (SDPA, alternative))
+        return Time(device_us[0], sdpa), Time(device_us[1], other)
 
     @staticmethod
     def _device_us(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:
@@ -152,9 +156,25 @@ class Profile:
         for is_round in (True, False):
             lines = self._lines.get((family, alternative, is_round), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
-            found = [(length, self._times(lines, alternative, heads, length)) for length in lengths]
-            curves.append([(length, speedup(times, cuda_graphs)) for length, times in found if times is not None])
+            found = [(length, self._device_us(lines, heads, length)) for length in lengths]
+            curves.append(
+                [
+                    (length, speedup(self._with_launches(us, family, alternative), cuda_graphs))
+                    for length, us in found
+                    if us is not None
+                ]
+            )
         return [curve for curve in curves if curve]
+
+
+def fastest(*runs: Mapping[str, Time]) -> dict[str, Time]:
+    """Of the same calls by name: what else a CPU does at a time only slows."""
+    return {name: min(times[name] for times in runs if name in times) for name in dict.fromkeys(chain(*runs))}
+
+
+def launched(name: str, fused: bool) -> str:
+    """What a launch is kept under."""
+    return f"{name}, fused" if fused else name
 
 
 def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:
@@ -193,15 +213,12 @@ def to_json(machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapp
     groups: dict[Family, list[Any]] = {}
     for point in points:
         row = [point.heads, point.length, {name: float(f"{us:.4g}") for name, us in point.us.items()}]
-        groups.setdefault((point.dtype, point.head_dim, point.is_causal), []).append(row)
+        groups.setdefault(point.family, []).append(row)
     return (
         {"schema": SCHEMA}
         | dict(machine)
         | {
             "launch_us": {name: float(f"{us:.3g}") for name, us in launch_us.items()},
-            "points": [
-                {"dtype": dtype, "head_dim": head_dim, "is_causal": is_causal, "heads_length_us": rows}
-                for (dtype, head_dim, is_causal), rows in groups.items()
-            ],
+            "points": [family._asdict() | {"heads_length_us": rows} for family, rows in groups.items()],
         }
     )

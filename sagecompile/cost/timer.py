@@ -26,21 +26,25 @@ LAUNCHES, LAUNCHES_S = 17, 0.02
 
 
 def interleaved_times(
-    calls: Mapping[str, Callable[[], object]], device_type: str, budget_s: float, uncaptured: Collection[str] = ()
+    calls: Mapping[str, Callable[[], object]],
+    device_type: str,
+    budget_s: float,
+    uncaptured: Collection[str] = (),
+    launches: bool = True,
 ) -> dict[str, Time]:
     """Of every call, at least three runs; on the current device, if that is a GPU.
 
-    `uncaptured`: what is never captured in a CUDA graph; its launch counts fully. On a CPU the lower quartile stands
-    for the median: what else runs there only slows.
+    `uncaptured`: what is never captured in a CUDA graph; its launch counts fully. `launches`: whether those are timed,
+    else they are 0. On a CPU the lower quartile stands for the median: what else runs there only slows.
     """
     if device_type != "cuda":
         runs = _interleaved_us(calls, device_type, budget_s, least_runs=3, warm_ups=1)
         return {name: Time(sorted(us)[len(us) // 4]) for name, us in runs.items()}
-    launches = {name: _launch_us(call) for name, call in calls.items()}
+    hosts = {name: _launch_us(call) if launches else _no_launch_us(call) for name, call in calls.items()}
     found = {name: Replays(call, 1, None) if name in uncaptured else replayed(call) for name, call in calls.items()}
     replays = {name: replayed.run for name, replayed in found.items()}
     times = interleaved_median_us(replays, device_type, budget_s, least_runs=3, warm_ups=1)
-    return {name: Time(us / found[name].calls, launches[name]) for name, us in times.items()}
+    return {name: Time(us / found[name].calls, hosts[name]) for name, us in times.items()}
 
 
 def interleaved_median_us(
@@ -134,6 +138,13 @@ def _launch_us(call: Callable[[], object]) -> float:
         times.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize()
     return statistics.median(times[2:])
+
+
+def _no_launch_us(call: Callable[[], object]) -> float:
+    """Only what must have happened before a capture."""
+    for _ in range(2):
+        call()
+    return 0.0
 
 
 def _one_run_us(call: Callable[[], object], device_type: str) -> float:

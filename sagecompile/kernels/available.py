@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.formats import FORMATS, PROVIDERS, beats
+from sagecompile.formats import FORMATS, PROVIDERS, beats, fuses
 from sagecompile.site import AttentionSite, Device
+from sagecompile.site import Prologue as Made
 
 from . import launcher
-from .prologue import Kind, Prologue, example
+from .prologue import Prologue, example
 
 logger = logging.getLogger("sagecompile")
 
@@ -83,7 +84,8 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     if site.head_dim > FORMATS[format].max_head_dim:
         return f"head_dim {site.head_dim}: needs at most {FORMATS[format].max_head_dim}"
     padded = min(d for d in FORMATS[format].native_head_dims if d >= site.head_dim)
-    return _tried(provider, format, site.device, padded, site.dtype, site.is_causal)
+    prologues = site.prologues if fuses((format, provider), site.head_dim) else None
+    return _tried(provider, format, site.device, padded, site.dtype, site.is_causal, prologues)
 
 
 def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]:
@@ -97,13 +99,6 @@ def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]
             if (slow or not beaten) and refusal(site, format, provider.name, cuda_graphs=False) is None:
                 found.append((format, provider.name))
     return found
-
-
-def prologue_refusal(site: AttentionSite, format: str, provider: str, q: Kind, k: Kind) -> str | None:
-    """Why a provider that runs this site cannot do these prologues of its q and k as well, or None if it can."""
-    if provider == "reference":
-        return None
-    return _tried(provider, format, site.device, site.head_dim, site.dtype, site.is_causal, (q, k))
 
 
 def _limit(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
@@ -169,7 +164,7 @@ def _trial(
     head_dim: int,
     dtype: str,
     is_causal: bool,
-    prologues: tuple[Kind, Kind] | None = None,
+    prologues: tuple[Made, Made] | None,
 ) -> str | None:
     """Build and launch the kernel on a small input and compare it with SDPA; the failure as text, or None.
 
@@ -200,7 +195,7 @@ def _trial_error(
     head_dim: int,
     dtype: str,
     is_causal: bool,
-    prologues: tuple[Kind, Kind] | None,
+    prologues: tuple[Made, Made] | None,
 ) -> float:
     generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay as they are
     tokens = 256 if provider == "sageattention" else TRIAL_TOKENS  # that package is used on whole blocks only
@@ -209,8 +204,8 @@ def _trial_error(
     out = torch.empty_like(q)
     made: dict[str, Prologue] = {}
     if prologues is not None:
-        for name, kind in zip(("q_prologue", "k_prologue"), prologues, strict=True):
-            made[name] = example(kind, tokens, head_dim, generator, where)
+        for name, given in zip(("q_prologue", "k_prologue"), prologues, strict=True):
+            made[name] = example(given, tokens, head_dim, generator, where)
     launcher(provider)(q, k, v, out, scale=head_dim**-0.5, is_causal=is_causal, format=format, **made)
     if made:
         q, k = made["q_prologue"].apply(q), made["k_prologue"].apply(k)

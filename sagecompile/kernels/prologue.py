@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sagecompile import site
+
 ROPES = ("none", "half", "interleaved")
 """Which channel turns with channel i: none; i + D/2 (Transformers' Llama); the other of (2i, 2i + 1) (diffusers)."""
 
@@ -41,21 +43,18 @@ class Prologue:
         return x * self.cos.float().unsqueeze(1) + turned(x, self.rope) * self.sin.float().unsqueeze(1)
 
 
-Kind = tuple[bool, torch.dtype | None, str, torch.dtype | None]
-"""What kernels are compiled for: whether there is a norm, its weight's dtype, which RoPE, its tables' dtype."""
+def example(
+    made: site.Prologue, tokens: int, head_dim: int, generator: torch.Generator, where: torch.device
+) -> Prologue:
+    """A prologue of this kind on random numbers of the CPU's `generator`."""
 
+    def on_device(x: torch.Tensor, dtype: str | None) -> torch.Tensor | None:
+        return None if dtype is None else x.to(where, getattr(torch, dtype))
 
-def example(kind: Kind, tokens: int, head_dim: int, generator: torch.Generator, where: torch.device) -> Prologue:
-    """A prologue of this kind on random numbers."""
-    norm, weight_dtype, rope, table_dtype = kind
-
-    def on_device(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
-        return None if dtype is None else x.to(where, dtype)
-
-    weight = on_device(0.5 + torch.rand(head_dim, generator=generator), weight_dtype)
+    weight = on_device(0.5 + torch.rand(head_dim, generator=generator), made.weight)
     turns = 6.3 * torch.rand((1, tokens, head_dim), generator=generator)
-    cos, sin = on_device(turns.cos(), table_dtype), on_device(turns.sin(), table_dtype)
-    return Prologue(1e-6 if norm else None, weight, rope, cos, sin)
+    cos, sin = on_device(turns.cos(), made.table), on_device(turns.sin(), made.table)
+    return Prologue(1e-6 if made.norm else None, weight, made.rope, cos, sin)
 
 
 def turned(x: torch.Tensor, rope: str) -> torch.Tensor:

@@ -93,11 +93,11 @@ def test_a_compared_length_becomes_a_guard(monkeypatch):
     from sagecompile import cost, formats
 
     monkeypatch.setitem(formats.PROVIDERS, "reference", replace(formats.PROVIDERS["reference"], may_win=True))
-    from sagecompile.cost.profile import Point, Profile
+    from sagecompile.cost.profile import Family, Point, Profile
     from sagecompile.kernels import available
 
     us = {"sdpa": 2.0, "qk_int8_pv_fp16 reference": 1.0}
-    points = tuple(Point("float32", 32, True, 1, length, us) for length in (64, 4096))
+    points = tuple(Point(Family("float32", 32, True), 1, length, us) for length in (64, 4096))
     name = available.device("cpu").name
     monkeypatch.setattr(cost, "profiles", lambda: {name: Profile(name, "2026-01-01", points)})
     compiled = torch.compile(Block().eval(), backend="sage_inductor", dynamic=True)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from sagecompile import cost
+from sagecompile import cost, formats
 from sagecompile.cli import calibrate, main
 from sagecompile.cli.bench import decision
 from sagecompile.cost import store
-from sagecompile.cost.profile import Profile
+from sagecompile.cost.profile import Profile, Time
 from sagecompile.decide import Keep, Use
 from sagecompile.kernels import available
 from sagecompile.site import AttentionSite
 
-GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), 4 * 4 * 32 * 32 * 32, turns=2, budget_s=0.01)
+GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), (), 4 * 4 * 32 * 32 * 32, turns=2, budget_s=0.01)
 FAST = "qk_int8_pv_fp16 cpu"
 
 
@@ -52,7 +52,7 @@ class TestCalibrate:
         points = own_profile().points
         expected = {(h, n, causal) for h in (1, 4) for n in (16, 32, 64) for causal in (False, True)}
         expected -= {(4, 64, False), (4, 64, True)}
-        assert {(point.heads, point.length, point.is_causal) for point in points} == expected
+        assert {(point.heads, point.length, point.family.is_causal) for point in points} == expected
         assert all(point.us.keys() == {"sdpa", FAST} and min(point.us.values()) > 0 for point in points)
         assert "policy=auto uses them from now on" in capsys.readouterr().err
 
@@ -61,7 +61,7 @@ class TestCalibrate:
         cost.profiles.cache_clear()
         site = AttentionSite("", "", "sdpa", 2, 2, 2, 32, 32, 32, 32, "float32", "cpu")
         found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu").name, 1.05)
-        (point,) = [p for p in own_profile().points if (p.heads, p.length, p.is_causal) == (4, 32, False)]
+        (point,) = [p for p in own_profile().points if (p.heads, p.length, p.family.is_causal) == (4, 32, False)]
         assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])
 
     def test_goes_on_where_it_was_and_starts_again_if_asked(self, kernel, monkeypatch):
@@ -74,6 +74,23 @@ class TestCalibrate:
     def test_share_prints_the_profile(self, capsys):
         assert main(["calibrate", "--device", "cpu", "--share"]) == 0
         assert Profile.read(json.loads(capsys.readouterr().out)) == own_profile()
+
+    def test_kernels_that_do_prologues_are_measured_with_them_too(self, monkeypatch):
+        row = formats.PROVIDERS["cpu"]
+        monkeypatch.setitem(formats.PROVIDERS, "cpu", replace(row, prologues=True))
+        grid = replace(GRID, head_dims=(64,), lengths=(16, 32), fused_dtypes=("float32",))
+        monkeypatch.setattr(calibrate, "GRIDS", {"cpu": grid})
+        assert main(["calibrate", "--device", "cpu"]) == 0
+        found = {(point.heads, point.length, point.family.fused) for point in own_profile().points}
+        assert found == {(h, n, fused) for h in (1, 4) for n in (16, 32) for fused in (False, True)}
+        cost.profiles.cache_clear()
+        plain = AttentionSite("", "", "sdpa", 1, 1, 1, 32, 32, 64, 64, "float32", "cpu")
+        for site in (plain, replace(plain, prologues=calibrate.FUSED)):
+            found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu").name, 1.05)
+            of_point = [p for p in own_profile().points if p.length == 32 and not p.family.is_causal]
+            (point,) = [p for p in of_point if p.heads == 1 and p.family.fused == bool(site.prologues)]
+            assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])
+            assert ("with what makes q and k" in found.basis) == bool(site.prologues)
 
     def test_a_folder_that_cannot_be_used_is_named(self, monkeypatch, tmp_path, capsys):
         (tmp_path / "file").touch()
@@ -89,10 +106,10 @@ class TestCalibrate:
         assert main(["calibrate", "--device", "cpu"]) == 0
 
     def test_a_shape_without_memory_is_left_out(self, monkeypatch, capsys):
-        def race(site, *rest):
+        def race(site, *rest, **how):
             if site.q_len == 32:
                 raise MemoryError
-            return local.race(site, *rest)
+            return local.race(site, *rest, **how)
 
         local = SimpleNamespace(race=importlib.import_module("sagecompile.cost.local").race)
         monkeypatch.setattr("sagecompile.cost.local.race", race)
@@ -109,14 +126,14 @@ class TestDecision:
         assert first == second != other and len(first) == 30
         assert len({site.q_len for site in first}) > 20
 
-    def test_a_wrong_choice_has_a_regret(self, monkeypatch):
-        monkeypatch.setattr(decision, "attention", lambda *tensors, **how: time.sleep(0.2))
-        row = decision.judge(
-            self.SITE, lambda site: Use("qk_int8_pv_fp16", "cpu", cost.Prediction(3.0, "hoped")), False
-        )
-        assert row["chosen"] == FAST and row["best"] == "sdpa" and row["regret"] > 1 and row["clear"]
-        assert row["predicted"] == 3.0 and row["measured"] < 0.5
-        assert decision.judge(self.SITE, lambda site: Keep("so"), False)["regret"] == 0
+    def test_a_wrong_choice_has_a_regret(self):
+        times = {"sdpa": Time(100.0, 10.0), FAST: Time(250.0, 300.0)}
+        used = Use("qk_int8_pv_fp16", "cpu", cost.Prediction(3.0, "hoped"))
+        row = decision.judge(self.SITE, used, times, cuda_graphs=True)
+        assert row["chosen"] == FAST and row["best"] == "sdpa" and row["regret"] == 1.5 and row["clear"]
+        assert row["predicted"] == 3.0 and row["measured"] == 0.4
+        assert decision.judge(self.SITE, used, times, cuda_graphs=False)["regret"] == 2.0
+        assert decision.judge(self.SITE, Keep("so"), times, cuda_graphs=True)["regret"] == 0
 
     def test_the_summary_counts(self):
         rows = [

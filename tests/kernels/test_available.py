@@ -18,7 +18,7 @@ from sagecompile.kernels import available, hopper
 from sagecompile.kernels.hopper import runtime
 from sagecompile.ops import reference
 from sagecompile.report import recording
-from sagecompile.site import AttentionSite, Device
+from sagecompile.site import AttentionSite, Device, Prologue
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 1, 2, 2, 64, 64, 64, 64, "float32", "cpu")
 
@@ -177,13 +177,18 @@ def test_the_trial_runs_in_inference_mode_too(install):
         assert available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) is None
 
 
-class TestPrologueRefusal:
-    KIND = (True, torch.float32, "half", torch.float32)
+class TestTrialOfAPrologue:
+    SITE = replace(SITE, prologues=(Prologue(True, "float32", "half", "float32"),) * 2)
+
+    @pytest.fixture(autouse=True)
+    def hopper_runs_here(self, monkeypatch):
+        row = replace(formats.PROVIDERS["hopper"], compute_capability=None)
+        monkeypatch.setitem(formats.PROVIDERS, "hopper", row)
 
     def test_a_kernel_that_does_the_prologue_is_trusted(self, monkeypatch):
         """Here the reference stands in for a provider with kernels."""
         monkeypatch.setattr(available, "launcher", lambda provider: reference.attention)
-        assert available.prologue_refusal(SITE, "qk_int8_pv_fp8", "hopper", self.KIND, self.KIND) is None
+        assert available.refusal(self.SITE, "qk_int8_pv_fp8", "hopper", cuda_graphs=False) is None
 
     @pytest.mark.parametrize("ignored", ["q_prologue", "k_prologue"])
     def test_one_that_does_not_is_refused(self, monkeypatch, ignored):
@@ -191,5 +196,5 @@ class TestPrologueRefusal:
             reference.attention(*tensors, **how | {ignored: None})
 
         monkeypatch.setattr(available, "launcher", lambda provider: attention)
-        refused = available.prologue_refusal(SITE, "qk_int8_pv_fp8", "hopper", self.KIND, self.KIND)
+        refused = available.refusal(self.SITE, "qk_int8_pv_fp8", "hopper", cuda_graphs=False)
         assert refused is not None and "hopper wrong: relative error" in refused

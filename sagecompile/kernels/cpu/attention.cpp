@@ -50,6 +50,7 @@ constexpr int BLOCKS = KEYS / K_BLOCK;
 constexpr int MAX_QUERIES = 96; // of a block
 constexpr int MAX_DIM = 256;    // |score| <= 127 * 127 * 256 < 2^22, see MAGIC
 constexpr int Q_WORDS = MAX_DIM / 4;
+constexpr int READ_AHEAD = 16;  // tokens
 constexpr int64_t MOST_KEPT = 16 << 20; // bytes of scratch that a thread keeps between calls
 
 // 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum. Sums of integers that
@@ -160,6 +161,12 @@ template <class T> struct Tensor {
 
     T* token(int64_t batch, int64_t head, int64_t token) const {
         return data + batch * strides[0] + head * strides[1] + token * strides[2];
+    }
+    // Fetch what is to be read READ_AHEAD tokens later: consecutive tokens of a head are often on different pages, where
+    // the hardware does not fetch ahead by itself. An address that is not there does no harm.
+    INLINE void prefetch(const T* token, int dim) const {
+        const char* const row = (const char*)token + READ_AHEAD * strides[2] * int64_t(sizeof(T));
+        for (int at = 0; at < dim * int(sizeof(T)); at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
     }
     // `dim` elements to float32, and zeros up to `width`, a multiple of 16.
     INLINE void read(const T* from, int dim, int width, float* to) const {
@@ -307,7 +314,9 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
     std::fill_n(mean, shape.width(), 0.0f);
     for (int64_t n = 0; n < shape.kv_len; n += step) {
         alignas(64) float row[MAX_DIM];
-        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, n), shape.dim, shape.k_width(), row);
+        const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, n);
+        k.prefetch(token, shape.dim);
+        k.read(token, shape.dim, shape.k_width(), row);
         for (int d = 0; d < shape.dim; d += 16) {
             _mm512_store_ps(mean + d, _mm512_fmadd_ps(_mm512_load_ps(row + d), part, _mm512_load_ps(mean + d)));
         }
@@ -348,7 +357,9 @@ template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t he
     const float* mean = to.k_mean(head);
     __m512i most = _mm512_setzero_si512();
     for (int n = 0; n < count; ++n) {
-        k.read(k.token(head / shape.kv_heads, head % shape.kv_heads, from + n), shape.dim, width, rows[n]);
+        const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, from + n);
+        k.prefetch(token, shape.dim);
+        k.read(token, shape.dim, width, rows[n]);
         for (int d = 0; d < width; d += 16) {
             _mm512_store_ps(rows[n] + d, _mm512_sub_ps(_mm512_load_ps(rows[n] + d), _mm512_load_ps(mean + d)));
         }
@@ -372,7 +383,8 @@ template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t he
     for (int n = 0; n < round_up(count, LANES); n += Values::KEYS_A_WORD) {
         alignas(64) float rows[Values::KEYS_A_WORD][MAX_DIM];
         for (int i = 0; i < Values::KEYS_A_WORD; ++i) {
-            const T* token = v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i);
+            const T* const token = v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i);
+            v.prefetch(token, shape.dim);
             v.read(token, n + i < count ? shape.dim : 0, width, rows[i]);
             most = largest(rows[i], width, most);
         }
@@ -430,6 +442,7 @@ float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T*
     float steepest = 0.0f;
     for (int n = 0; n < round_up(count, ROWS); ++n, token += q.strides[2]) {
         alignas(64) float row[MAX_DIM];
+        q.prefetch(token, shape.dim);
         q.read(token, n < count ? shape.dim : 0, width, row);
         const float amax = std::max(largest_of(largest(row, width, _mm512_setzero_si512())), SMALLEST_AMAX);
         if (!(amax <= FLT_MAX)) return INFINITY;
