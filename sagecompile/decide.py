@@ -85,7 +85,7 @@ def decide(
             continue
         for provider in PROVIDERS.values():
             if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
-                wanted = (site, name, provider.name, device.name, settings.min_speedup, cuda_graphs)
+                wanted = (site, name, provider.name, device, settings.min_speedup, cuda_graphs)
                 prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
                 fused = site.prologue if fuses((name, provider.name), site.head_dim) else ""
                 candidates.append(Use(name, provider.name, prediction, fused))
@@ -147,7 +147,7 @@ def _fastest(
             broken = [use for use in unsure if not why_not and not runs(use)]
             if not why_not and not broken:
                 measured |= {use.alternative for use in unsure}
-                found = local.measure(site, [use.alternative for use in unsure])
+                found = local.measure(site, {use.alternative: use.prediction for use in unsure})
                 why_not, found = (found, {}) if isinstance(found, str) else ("", found)
                 left = [replace(use, prediction=found.get(use.alternative, use.prediction)) for use in left]
             left = [use for use in left if use not in broken]

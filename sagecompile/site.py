@@ -102,6 +102,8 @@ class Device:
     """As the maker names it, e.g. `NVIDIA H200`: the key of the profiles."""
     compute_capability: tuple[int, int] | None = None
     """Of a CUDA device."""
+    threads: int | None = None
+    """Of a CPU, as many as torch uses."""
 
 
 def _same(a: Size, b: Size) -> bool:

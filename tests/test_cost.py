@@ -12,10 +12,12 @@ from sagecompile import cost
 from sagecompile.cost.profile import SCHEMA, SDPA, Family, Point, Profile, crossing_of, to_json
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
-from sagecompile.site import AttentionSite
+from sagecompile.site import AttentionSite, Device, Prologue
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 8, 8, 2048, 2048, 128, 128, "bfloat16", "cuda:0")
+GPU = Device("cuda", "GPU", (8, 9))
 FAMILY, FAST = Family("bfloat16", 128, False), "qk_int8_pv_fp8 triton"
+HOPPER = "qk_int8_pv_fp8 hopper"
 
 
 class Symbolic:
@@ -109,7 +111,7 @@ def rising(monkeypatch):
 
 
 def predict(site, wanted=1.05):
-    return cost.predict(site, "qk_int8_pv_fp8", "triton", "GPU", wanted)
+    return cost.predict(site, "qk_int8_pv_fp8", "triton", GPU, wanted)
 
 
 @pytest.mark.usefixtures("rising")
@@ -128,19 +130,49 @@ class TestPredict:
         assert predict(replace(SITE, **change)) is None
 
     def test_of_another_device_nothing_is_known(self):
-        assert cost.predict(SITE, "qk_int8_pv_fp8", "triton", "TPU", 1.05) is None
+        assert cost.predict(SITE, "qk_int8_pv_fp8", "triton", Device("cuda", "TPU"), 1.05) is None
 
     def test_launches_count_outside_of_cuda_graphs(self, monkeypatch):
         launched = replace(RISING, launch_us={SDPA: 20.0, FAST: 250.0})
         monkeypatch.setattr(cost, "profiles", lambda: {"GPU": launched})
-        found = cost.predict(SITE, "qk_int8_pv_fp8", "triton", "GPU", 1.05, cuda_graphs=False)
+        found = cost.predict(SITE, "qk_int8_pv_fp8", "triton", GPU, 1.05, cuda_graphs=False)
         assert found.speedup == pytest.approx(400 / 250) and found.basis.startswith("250 us against 400 us")
-        captured = cost.predict(SITE, "qk_int8_pv_fp8", "triton", "GPU", 1.05, cuda_graphs=True)
+        captured = cost.predict(SITE, "qk_int8_pv_fp8", "triton", GPU, 1.05, cuda_graphs=True)
         assert captured.speedup == pytest.approx(2)
 
     @pytest.mark.parametrize(("wanted", "sure"), [(1.05, True), (1.7, False), (2.0, False), (2.3, False), (2.6, True)])
     def test_near_to_what_is_wanted_is_not_sure(self, wanted, sure):
         assert predict(SITE, wanted).sure == sure
+
+    def test_a_cpu_with_other_threads_is_not_sure_and_has_no_crossing(self, monkeypatch):
+        monkeypatch.setattr(cost, "profiles", lambda: {"GPU": replace(RISING, threads=2)})
+        for threads, length, known in (
+            (2, 2048, True),
+            (8, 2048, False),
+            (2, Symbolic(9), True),
+            (8, Symbolic(9), None),
+        ):
+            site, device = replace(SITE, q_len=length, kv_len=length), replace(GPU, threads=threads)
+            found = cost.predict(site, "qk_int8_pv_fp8", "triton", device, 1.05)
+            assert (found and found.sure) == known
+            assert found is None or ("with 2 threads" in found.basis) == (threads == 8)
+
+    def test_of_a_fused_prologue_goes_by_what_was_measured_with_one(self, monkeypatch):
+        fused = tuple(
+            replace(p, family=FAMILY._replace(fused=True), us={SDPA: 900.0, HOPPER: 300.0}) for p in RISING.points
+        )
+        plain = tuple(replace(p, us={SDPA: 600.0, HOPPER: 300.0}) for p in RISING.points)
+        launches = {SDPA: 40.0, HOPPER: 350.0, f"{HOPPER}, fused": 450.0}
+        rotated = replace(SITE, prologues=(Prologue(rope="half", table="bfloat16"),) * 2)
+        both = Profile("GPU", "2026-01-01", plain + fused, launches)
+        for profile, site, speedup in (
+            (both, rotated, 900 / 450),
+            (both, SITE, 600 / 350),
+            (replace(both, points=plain), rotated, 600 / 350),
+        ):
+            monkeypatch.setattr(cost, "profiles", lambda profile=profile: {"GPU": profile})
+            found = cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
+            assert found.speedup == pytest.approx(speedup)
 
     def test_of_a_symbolic_length_it_names_the_crossing_and_compares_nothing(self):
         length = Symbolic(700)
@@ -170,7 +202,9 @@ def test_the_timer_turns_the_order_around_every_round(names):
 class TestFiles:
     def test_a_profile_reads_what_it_writes(self):
         stored = json.loads(
-            json.dumps(to_json({"device": "GPU", "date": "2026-01-01"}, RISING.points, RISING.launch_us))
+            json.dumps(
+                to_json({"device": "GPU", "threads": None, "date": "2026-01-01"}, RISING.points, RISING.launch_us)
+            )
         )
         assert Profile.read(stored) == RISING
 
@@ -192,7 +226,7 @@ class TestFiles:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         own = cost.own_profiles()
         own.mkdir(parents=True)
-        text = json.dumps(to_json({"device": "NVIDIA H200", "date": "2027-01-01"}, RISING.points, {}))
+        text = json.dumps(to_json({"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"}, RISING.points, {}))
         (own / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         found = cost.profiles()["NVIDIA H200"]

@@ -58,6 +58,10 @@ def machine(cuda_graphs=True, **changes):
     return Local({"device": "some CPU"} | changes, ops, cuda_graphs)
 
 
+def unpredicted(*alternatives):
+    return dict.fromkeys(alternatives)
+
+
 def forget(monkeypatch):
     """As a new process starts."""
     monkeypatch.setattr(store, "_known", {})
@@ -65,25 +69,25 @@ def forget(monkeypatch):
 
 class TestMeasure:
     def test_says_how_much_faster_and_on_what(self, races):
-        found = machine().measure(SITE, [ACCURATE, FAST])
+        found = machine().measure(SITE, unpredicted(ACCURATE, FAST))
         basis = f"measured here at 2x4/2x90x72, {local._today()}"
         assert found == {ACCURATE: Prediction(3.0, basis), FAST: Prediction(0.5, basis)}
 
     def test_is_remembered_by_the_next_process(self, races, monkeypatch):
-        first = machine().measure(SITE, [ACCURATE])
+        first = machine().measure(SITE, unpredicted(ACCURATE))
         forget(monkeypatch)
         assert machine().recall(SITE) == first and len(races) == 1
 
     def test_launches_count_outside_of_cuda_graphs(self, races):
-        machine().measure(SITE, [ACCURATE])
+        machine().measure(SITE, unpredicted(ACCURATE))
         (captured,) = machine(cuda_graphs=True).recall(SITE).values()
         (launched,) = machine(cuda_graphs=False).recall(SITE).values()
         assert (captured.speedup, launched.speedup) == (3.0, 1.5)
 
     def test_what_is_asked_for_later_joins_it(self, races, monkeypatch):
-        machine().measure(SITE, [ACCURATE])
+        machine().measure(SITE, unpredicted(ACCURATE))
         forget(monkeypatch)
-        machine().measure(SITE, [FAST])
+        machine().measure(SITE, unpredicted(FAST))
         assert set(machine().recall(SITE)) == {ACCURATE, FAST}
 
     @pytest.mark.parametrize(
@@ -91,16 +95,16 @@ class TestMeasure:
         [{"batch": 3}, {"q_len": 91}, {"kv_len": 91}, {"heads": 2}, {"dtype": "bfloat16"}, {"is_causal": True}],
     )
     def test_holds_for_the_same_shape_alone(self, races, change):
-        machine().measure(SITE, [ACCURATE])
+        machine().measure(SITE, unpredicted(ACCURATE))
         assert machine().recall(replace(SITE, **change)) == {}
 
     @pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "2.14"}])
     def test_holds_for_the_same_machine_alone(self, races, change):
-        machine().measure(SITE, [ACCURATE])
+        machine().measure(SITE, unpredicted(ACCURATE))
         assert machine(**change).recall(SITE) == {}
 
     def test_holds_for_as_many_threads_alone(self, races):
-        machine().measure(SITE, [ACCURATE])
+        machine().measure(SITE, unpredicted(ACCURATE))
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
         try:
@@ -111,13 +115,42 @@ class TestMeasure:
     @pytest.mark.parametrize(("sleep_s", "wins"), [(0.0, True), (0.02, False)])
     def test_what_is_timed_is_the_kernel(self, sleep_s, wins):
         timed = Local({}, SimpleNamespace(attention=lambda *_, **how: time.sleep(sleep_s)), cuda_graphs=False)
-        (prediction,) = timed.measure(SITE, [ACCURATE]).values()
+        (prediction,) = timed.measure(SITE, unpredicted(ACCURATE)).values()
         assert (prediction.speedup > 1) == wins
 
     def test_random_numbers_of_the_user_stay_as_they_are(self):
         before = torch.get_rng_state()
-        assert machine().measure(SITE, [FAST]).keys() == {FAST}
+        assert machine().measure(SITE, unpredicted(FAST)).keys() == {FAST}
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestBusyCpu:
+    """One that takes longer for everything than its own profile says is not believed."""
+
+    QUIET = Prediction(3.0, "calibrated", calibrated=(Time(300.0), Time(100.0)))
+
+    @pytest.fixture(autouse=True)
+    def no_pauses(self, monkeypatch):
+        monkeypatch.setattr(local, "PAUSE_S", 0.0)
+
+    def test_is_tried_again_and_nothing_kept(self, races):
+        busy = {ACCURATE: replace(self.QUIET, calibrated=(Time(200.0), Time(90.0)))}
+        assert machine().measure(SITE, busy) == "the CPU is busy: it takes 1.5 times what it did when it was calibrated"
+        assert len(races) == local.TRIES and machine().recall(SITE) == {}
+
+    def test_that_comes_to_rest_is_measured(self, races, monkeypatch):
+        race, slowed = local.race, [{"sdpa": Time(500.0)}, {}]
+        monkeypatch.setattr(local, "race", lambda *args: race(*args) | slowed.pop(0))
+        assert machine().measure(SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == 3.0 and len(races) == 2
+
+    def test_without_a_profile_of_its_own_is_believed(self, races):
+        assert machine().measure(SITE, {ACCURATE: Prediction(9.0, "shipped")})[ACCURATE].speedup == 3.0
+
+    def test_leaves_the_decision_to_the_profile(self, races, monkeypatch):
+        profiled = Prediction(1.2, "calibrated", sure=False, calibrated=(Time(120.0), Time(100.0)))
+        monkeypatch.setattr("sagecompile.decide.predict", lambda *_: profiled)
+        found = decide(SITE, Device("cpu", "some CPU"), Settings(formats=ACCURATE[:1]), lambda *_: None, machine())
+        assert found == Use(*ACCURATE, profiled) and len(races) == local.TRIES
 
 
 class TestPrologues:
@@ -180,13 +213,13 @@ class TestPrologues:
 
     def test_are_remembered_apart(self, races, monkeypatch):
         monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
-        machine().measure(self.SITE, [ACCURATE])
+        machine().measure(self.SITE, unpredicted(ACCURATE))
         assert machine().recall(self.SITE) and not machine().recall(replace(self.SITE, prologues=None))
         other = (self.MADE._replace(rope="interleaved"), self.MADE)
         assert not machine().recall(replace(self.SITE, prologues=other))
 
     def test_that_no_kernel_of_the_device_does_are_not(self, races):
-        machine().measure(self.SITE, [ACCURATE])
+        machine().measure(self.SITE, unpredicted(ACCURATE))
         assert machine().recall(replace(self.SITE, prologues=None))
 
 
@@ -216,15 +249,15 @@ class TestReasons:
         class Symbolic:
             pass
 
-        reason = machine().measure(replace(SITE, q_len=Symbolic()), [ACCURATE])
+        reason = machine().measure(replace(SITE, q_len=Symbolic()), unpredicted(ACCURATE))
         assert reason == "sizes that change are not measured while compiling" and not races
 
     def test_of_a_site_that_takes_too_long(self, races):
-        reason = machine().measure(replace(SITE, q_len=200_000, kv_len=200_000), [ACCURATE])
+        reason = machine().measure(replace(SITE, q_len=200_000, kv_len=200_000), unpredicted(ACCURATE))
         assert reason == "200000 x 200000 tokens take too long to measure while compiling" and not races
 
     def test_of_one_that_takes_too_much_memory(self, races):
-        reason = machine().measure(replace(SITE, batch=1, q_len=1, kv_len=4_000_000), [ACCURATE])
+        reason = machine().measure(replace(SITE, batch=1, q_len=1, kv_len=4_000_000), unpredicted(ACCURATE))
         assert "MiB are too many" in reason and not races
 
     def test_of_a_kernel_that_fails(self):
@@ -236,7 +269,7 @@ class TestReasons:
 
         failing = Local({}, SimpleNamespace(attention=broken), cuda_graphs=False)
         for _ in range(2):
-            assert failing.measure(SITE, [ACCURATE]) == "measuring failed: RuntimeError: no such instruction"
+            assert failing.measure(SITE, unpredicted(ACCURATE)) == "measuring failed: RuntimeError: no such instruction"
         assert len(tried) == 1, "not once more for each layer"
         assert failing.recall(SITE) == {}
 
@@ -324,7 +357,7 @@ class TestStore:
 class TestDecide:
     """Stored, then the profile, then measured now."""
 
-    CPU = Device("cpu", "AMD EPYC")
+    CPU = Device("cpu", "AMD EPYC", threads=2)
     COVERED = replace(SITE, heads=8, kv_heads=8, q_len=1024, kv_len=1024, head_dim=64, value_dim=64)
 
     def decide(self, site, **settings):
@@ -345,7 +378,7 @@ class TestDecide:
         assert isinstance(decision, Use) and "AMD EPYC" in decision.reason and not races
 
     def test_what_was_measured_here_goes_before_the_profile(self, races):
-        machine().measure(self.COVERED, [ACCURATE])
+        machine().measure(self.COVERED, unpredicted(ACCURATE))
         assert "measured here" in self.decide(self.COVERED, formats=("qk_int8_pv_fp16",)).reason
 
     def test_why_nothing_was_measured_is_said(self, races):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from sagecompile.formats import fuses
-from sagecompile.site import AttentionSite
+from sagecompile.site import AttentionSite, Device
 
 from . import store
-from .profile import Family, Profile, crossing_of, speedup
+from .profile import Family, Profile, Time, crossing_of, speedup
 
 logger = logging.getLogger("sagecompile")
 
@@ -38,7 +38,9 @@ class Prediction:
     at_least: int = 0
     """Tokens of queries and of keys that it takes, where their number is a symbol."""
     sure: bool = True
-    """False: so near to what it takes to be used that a measurement is worth its time."""
+    """False: so near to what it takes to be used, or from so unlike a machine, that a measurement is worth its time."""
+    calibrated: tuple[Time, Time] | None = None
+    """Where `sagecompile calibrate` of this very machine says so: what SDPA takes and what this would."""
 
 
 class Measures(Protocol):
@@ -49,7 +51,7 @@ class Measures(Protocol):
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None: ...
 
     def measure(
-        self, site: AttentionSite, alternatives: Sequence[Alternative]
+        self, site: AttentionSite, predicted: Mapping[Alternative, Prediction | None]
     ) -> Mapping[Alternative, Prediction] | str: ...
 
 
@@ -81,15 +83,16 @@ NEAR = 1.25
 
 
 def predict(
-    site: AttentionSite, format: str, provider: str, device: str, wanted: float, cuda_graphs: bool = False
+    site: AttentionSite, format: str, provider: str, device: Device, wanted: float, cuda_graphs: bool = False
 ) -> Prediction | None:
     """The speed-up that the device's profile says, or None where it says nothing; `wanted`: what it takes to be used.
 
-    Sizes that are numbers get the times at them. Lengths that are symbols get the speed-up at the most tokens, and the
+    A CPU's profile holds for as many threads alone: with others it is not sure, and no crossing is known. Sizes that
+    are numbers get the times at them. Lengths that are symbols get the speed-up at the most tokens, and the
     crossing, the shortest from which on the kernel wins by `wanted`: no length is compared here. Symbolic numbers of
     heads are compared once, with the fewest measured.
     """
-    profile, alternative = profiles().get(device), f"{format} {provider}"
+    profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
         return None
     family = Family(site.dtype, site.head_dim, site.is_causal)
@@ -103,7 +106,8 @@ def predict(
     if heads < fewest:
         return None
     heads = heads if isinstance(heads, int) else fewest
-    when = f"{device}, {profile.date}"
+    alike = profile.threads in (None, device.threads)
+    when = f"{device.name}{'' if alike else f' with {profile.threads} threads'}, {profile.date}"
     if isinstance(site.q_len, int) and isinstance(site.kv_len, int):
         times = profile.times(family, alternative, heads, site.q_len) if site.q_len == site.kv_len else None
         if times is None:
@@ -111,8 +115,9 @@ def predict(
         found = speedup(times, cuda_graphs)
         sdpa, ours = (_shown(time.us(cuda_graphs)) for time in times)
         basis = f"{ours} against {sdpa}{' with what makes q and k' if family.fused else ''}, {when}"
-        return Prediction(found, basis, sure=not wanted / NEAR < found < wanted * NEAR)
-    curves = profile.speedups(family, alternative, heads, cuda_graphs)
+        sure = alike and not wanted / NEAR < found < wanted * NEAR
+        return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
+    curves = profile.speedups(family, alternative, heads, cuda_graphs) if alike else []
     if not curves:
         return None
     at_most_tokens = min(curve[-1][1] for curve in curves)

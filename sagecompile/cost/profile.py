@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 SCHEMA = 4
-SDPA = "sdpa"
+SDPA, SHIPPED = "sdpa", "shipped"
 ROUND = 16
 
 Curve = list[tuple[int, float]]
@@ -91,11 +91,18 @@ class Profile:
     points: tuple[Point, ...]
     launch_us: Mapping[str, float] = field(default_factory=dict)
     """Of the host at any shape, by the same names, `launched` where prologues are fused; none on a CPU."""
-    source: str = "shipped"
-    """`shipped`, or the file of `sagecompile calibrate`."""
+    threads: int | None = None
+    """Of a CPU."""
+    source: str = SHIPPED
+    """Or the file of `sagecompile calibrate`."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was measured on this very machine."""
+        return self.source != SHIPPED
 
     @classmethod
-    def read(cls, stored: Mapping[str, Any], source: str = "shipped") -> Profile:
+    def read(cls, stored: Mapping[str, Any], source: str = SHIPPED) -> Profile:
         """From JSON; ValueError or KeyError where it is none of this schema."""
         if stored["schema"] != SCHEMA:
             raise ValueError(f"schema {stored['schema']}: this version reads {SCHEMA}")
@@ -104,7 +111,7 @@ class Profile:
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
-        return cls(stored["device"], stored["date"], points, dict(stored["launch_us"]), source)
+        return cls(stored["device"], stored["date"], points, dict(stored["launch_us"]), stored["threads"], source)
 
     @cached_property
     def _lines(self) -> dict[tuple[Family, str, bool], dict[int, Line]]:
@@ -209,7 +216,7 @@ def _line(points: Sequence[Point], alternative: str) -> Line:
 
 
 def to_json(machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapping[str, float]) -> dict[str, Any]:
-    """What `Profile.read` reads; `machine`: device, date, versions."""
+    """What `Profile.read` reads; `machine`: device, threads, date, versions."""
     groups: dict[Family, list[Any]] = {}
     for point in points:
         row = [point.heads, point.length, {name: float(f"{us:.4g}") for name, us in point.us.items()}]

@@ -33,13 +33,19 @@ TRIAL_TOKENS = 200
 """Of the trial: not a whole number of any kernel's blocks, so that tails are tried too."""
 
 
-@cache
 def device(name: str) -> Device:
     """The facts of a torch device such as `cuda:0`."""
     found = torch.device(name)
     if found.type == "cuda":
-        return Device("cuda", torch.cuda.get_device_name(found), torch.cuda.get_device_capability(found))
-    return Device(found.type, _cpu_name() if found.type == "cpu" else found.type)
+        return _cuda_device(found)
+    if found.type == "cpu":
+        return Device("cpu", _cpu_name(), threads=torch.get_num_threads())
+    return Device(found.type, found.type)
+
+
+@cache
+def _cuda_device(device: torch.device) -> Device:
+    return Device("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 @cache
@@ -56,6 +62,7 @@ def _nvidia_driver() -> str | None:
     return said.read_text().partition("\n")[0] if said.exists() else None
 
 
+@cache
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

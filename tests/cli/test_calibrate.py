@@ -60,7 +60,7 @@ class TestCalibrate:
         assert main(["calibrate", "--device", "cpu"]) == 0
         cost.profiles.cache_clear()
         site = AttentionSite("", "", "sdpa", 2, 2, 2, 32, 32, 32, 32, "float32", "cpu")
-        found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu").name, 1.05)
+        found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu"), 1.05)
         (point,) = [p for p in own_profile().points if (p.heads, p.length, p.family.is_causal) == (4, 32, False)]
         assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])
 
@@ -86,7 +86,7 @@ class TestCalibrate:
         cost.profiles.cache_clear()
         plain = AttentionSite("", "", "sdpa", 1, 1, 1, 32, 32, 64, 64, "float32", "cpu")
         for site in (plain, replace(plain, prologues=calibrate.FUSED)):
-            found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu").name, 1.05)
+            found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu"), 1.05)
             of_point = [p for p in own_profile().points if p.length == 32 and not p.family.is_causal]
             (point,) = [p for p in of_point if p.heads == 1 and p.family.fused == bool(site.prologues)]
             assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])

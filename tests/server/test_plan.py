@@ -74,7 +74,7 @@ KEPT = {
 def every_kernel_can(monkeypatch):
     """Here all can run, on the CPU of a shipped profile."""
     monkeypatch.setattr(available, "refusal", lambda *_, **__: None)
-    monkeypatch.setattr(available, "device", lambda name: Device("cpu", "AMD EPYC"))
+    monkeypatch.setattr(available, "device", lambda name: Device("cpu", "AMD EPYC", threads=2))
 
 
 @pytest.mark.usefixtures("every_kernel_can")

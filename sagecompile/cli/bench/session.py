@@ -54,9 +54,11 @@ def results(arguments: argparse.Namespace, device: torch.device) -> Iterator[dic
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, versions, date."""
+    """Device, threads of a CPU, versions, date."""
+    found = available.device(str(device))
     return {
-        "device": available.device(str(device)).name,
+        "device": found.name,
+        "threads": found.threads,
         "torch": torch.__version__,
         "triton": available.version("triton"),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
