@@ -141,7 +141,7 @@ def _fastest(
             for use in left
             if use.prediction or not any(beats(other.alternative, use.alternative) for other in left)
         ]
-        unsure = [use for use in _unsure(contenders) if use.alternative not in measured]
+        unsure = _unsure([use for use in contenders if use.alternative not in measured])
         if local and unsure and not why_not:
             why_not = local.why_not(site, len(unsure)) or ""
             broken = [use for use in unsure if not why_not and not runs(use)]
@@ -167,12 +167,22 @@ def _speedup(use: Use) -> float:
 
 
 def _unsure(contenders: list[Use]) -> list[Use]:
-    """Those that a measurement may decide: not predicted, or unsure and perhaps as fast as the fastest sure one."""
-    sure = max((_speedup(use) for use in contenders if use.prediction and use.prediction.sure), default=0.0)
-    return [
+    """Those that a measurement may decide between; none if no prediction is missing or unsure.
+
+    The unsure ones that may be as fast as the fastest sure one, and the sure ones that may be as fast as they: only
+    what ran side by side can be told apart by a little.
+    """
+    sure = [use for use in contenders if use.prediction and use.prediction.sure]
+    unsure = [
         use
         for use in contenders
-        if use.prediction is None or (not use.prediction.sure and use.prediction.speedup * NEAR >= sure)
+        if use not in sure and (use.prediction is None or _speedup(use) * NEAR >= max(map(_speedup, sure), default=0.0))
+    ]
+    if not unsure:
+        return []
+    best = max(map(_speedup, unsure))
+    return unsure + [
+        use for use in sure if use.prediction and not use.prediction.measured and _speedup(use) * NEAR >= best
     ]
 
 

@@ -124,7 +124,7 @@ class TestPredict:
         assert predict(replace(SITE, batch=8)).speedup == pytest.approx(4)
 
     @pytest.mark.parametrize(
-        "change", [{"dtype": "float16"}, {"head_dim": 64}, {"is_causal": True}, {"heads": 4}, {"q_len": 1000}]
+        "change", [{"dtype": "float32"}, {"head_dim": 64}, {"is_causal": True}, {"heads": 4}, {"q_len": 1000}]
     )
     def test_what_was_not_measured_is_not_predicted(self, change):
         assert predict(replace(SITE, **change)) is None
@@ -173,6 +173,12 @@ class TestPredict:
             monkeypatch.setattr(cost, "profiles", lambda profile=profile: {"GPU": profile})
             found = cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
             assert found.speedup == pytest.approx(speedup)
+
+    def test_on_a_gpu_float16_takes_as_long_as_bfloat16(self):
+        half = replace(SITE, dtype="float16")
+        assert predict(half) == predict(SITE)
+        cpu = Device("cpu", "GPU")
+        assert cost.predict(half, "qk_int8_pv_fp8", "triton", cpu, 1.05) is None
 
     def test_of_a_symbolic_length_it_names_the_crossing_and_compares_nothing(self):
         length = Symbolic(700)

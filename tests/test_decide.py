@@ -193,6 +193,26 @@ def test_a_refusal_is_asked_for_once(monkeypatch):
     assert decision == Keep("cpu not tried: no memory left")
 
 
+@pytest.mark.parametrize(
+    ("sure", "expected"), [(1.5, {"qk_int8_pv_fp16", "qk_int8_pv_fp8"}), (1.2, {"qk_int8_pv_fp16"})]
+)
+def test_a_rival_of_what_is_measured_runs_beside_it(monkeypatch, sure, expected):
+    """Not so one that is far behind, or was measured before."""
+    found = {"qk_int8_pv_fp8": Prediction(sure, "somewhere"), "qk_int8_pv_fp16": Prediction(1.6, "near", sure=False)}
+    monkeypatch.setattr(
+        module, "predict", lambda site, format, provider, *_: found[format] if provider == "triton" else None
+    )
+    asked = []
+    local = Local(measure=lambda site, alternatives: asked.extend(alternatives) or {})
+    only = lambda site, format, provider: None if provider == "triton" else "not here"  # noqa: E731
+    decide(SITE, H200, Settings(), only, local)
+    assert {format for format, provider in asked if provider == "triton"} == expected
+    found["qk_int8_pv_fp8"] = Prediction(sure, "here", measured=True)
+    asked.clear()
+    decide(SITE, H200, Settings(), only, local)
+    assert {format for format, provider in asked if provider == "triton"} == {"qk_int8_pv_fp16"}
+
+
 def test_what_cannot_catch_up_with_a_sure_winner_is_not_measured(monkeypatch):
     found = {"qk_int8_pv_fp8": Prediction(1.8, "somewhere"), "qk_int8_pv_fp16": Prediction(1.1, "near", sure=False)}
     monkeypatch.setattr(module, "predict", lambda site, format, provider, *_: found[format])

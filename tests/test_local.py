@@ -71,7 +71,7 @@ class TestMeasure:
     def test_says_how_much_faster_and_on_what(self, races):
         found = machine().measure(SITE, unpredicted(ACCURATE, FAST))
         basis = f"measured here at 2x4/2x90x72, {local._today()}"
-        assert found == {ACCURATE: Prediction(3.0, basis), FAST: Prediction(0.5, basis)}
+        assert found == {ACCURATE: Prediction(3.0, basis, measured=True), FAST: Prediction(0.5, basis, measured=True)}
 
     def test_is_remembered_by_the_next_process(self, races, monkeypatch):
         first = machine().measure(SITE, unpredicted(ACCURATE))

@@ -39,6 +39,8 @@ class Prediction:
     """Tokens of queries and of keys that it takes, where their number is a symbol."""
     sure: bool = True
     """False: so near to what it takes to be used, or from so unlike a machine, that a measurement is worth its time."""
+    measured: bool = False
+    """Whether this very shape was."""
     calibrated: tuple[Time, Time] | None = None
     """Where `sagecompile calibrate` of this very machine says so: what SDPA takes and what this would."""
 
@@ -95,12 +97,11 @@ def predict(
     profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
         return None
-    family = Family(site.dtype, site.head_dim, site.is_causal)
-    if site.prologues and fuses((format, provider), site.head_dim):
-        fused = family._replace(fused=True)  # without it, what fusing saves is not counted
-        family = fused if profile.fewest_heads(fused, alternative) is not None else family
-    fewest = profile.fewest_heads(family, alternative)
-    if fewest is None:
+    fused = site.prologues is not None and fuses((format, provider), site.head_dim)
+    families = _families(site, device, fused)
+    family = next((one for one in families if profile.fewest_heads(one, alternative) is not None), None)
+    fewest = profile.fewest_heads(family, alternative) if family else None
+    if family is None or fewest is None:
         return None
     heads = site.batch * site.heads
     if heads < fewest:
@@ -125,6 +126,19 @@ def predict(
     if len(crossings) < len(curves):
         return Prediction(at_most_tokens, f"at the most tokens measured, {when}")
     return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings))
+
+
+def _families(site: AttentionSite, device: Device, fused: bool) -> list[Family]:
+    """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long.
+
+    Where nothing was measured with prologues, what fusing them saves is not counted.
+    """
+    alike = [site.dtype, *(["bfloat16"] if (device.type, site.dtype) == ("cuda", "float16") else [])]
+    return [
+        Family(dtype, site.head_dim, site.is_causal, one)
+        for one in sorted({fused, False}, reverse=True)
+        for dtype in alike
+    ]
 
 
 def _shown(us: float) -> str:

@@ -65,7 +65,9 @@ class Local:
             return {}
         return {
             _split(name): Prediction(
-                speedup((Time(*sdpa), Time(*ours)), self.cuda_graphs), f"measured here at {shape}, {date}"
+                speedup((Time(*sdpa), Time(*ours)), self.cuda_graphs),
+                f"measured here at {shape}, {date}",
+                measured=True,
             )
             for name, (sdpa, ours, shape, date) in found["times"].items()
         }
