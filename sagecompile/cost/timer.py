@@ -128,16 +128,19 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 
 def _launch_us(call: Callable[[], object]) -> float:
-    """Of the host alone, into an empty queue; after the first two, which may compile and plan."""
+    """Of the host alone, into an empty queue; the lower quartile, as what else it does only slows.
+
+    Not of the first two, which may compile and plan.
+    """
     times: list[float] = []
     end = time.perf_counter() + LAUNCHES_S
-    while len(times) < 5 or (len(times) < LAUNCHES and time.perf_counter() < end):
+    while len(times) < 10 or (len(times) < LAUNCHES and time.perf_counter() < end):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times[2:])
+    return sorted(times[2:])[len(times[2:]) // 4]
 
 
 def _no_launch_us(call: Callable[[], object]) -> float:
