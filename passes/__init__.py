@@ -9,7 +9,7 @@ if __name__ != "sagecompile.passes":
         "the folder passes/ is the package sagecompile.passes: pip install -e . and import it by that name"
     )
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule
 
@@ -25,9 +25,12 @@ from .shield import shield_softmax
 __all__ = ["find", "rewrite", "run", "shield_softmax"]
 
 
-def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision]) -> Report:
-    """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision."""
-    decided = [(match, decide(match.site)) for match in find(gm.graph)]
+def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], fusing: Collection[str] = ()) -> Report:
+    """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision.
+
+    `fusing`: the device types with kernels for what makes q and k, which is looked for on no other.
+    """
+    decided = [(match, decide(match.site)) for match in find(gm.graph, fusing)]
     rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
     for graph in with_subgraphs(gm.graph):
         shield_softmax(graph)

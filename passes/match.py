@@ -6,7 +6,7 @@ One spelling a file: sdpa.py, unfused.py for softmax(QK^T)V, modules.py for PyTo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from torch import fx
@@ -29,8 +29,11 @@ SPELLINGS: dict[str, Callable[[fx.Node, set[fx.Node]], Match | None]] = {
 """The call that a spelling is found by, and its matcher, which also gets the nodes that matter."""
 
 
-def find(graph: fx.Graph) -> list[Match]:
-    """Every attention call whose result matters, also inside checkpointed blocks and branches."""
+def find(graph: fx.Graph, fusing: Collection[str] = ()) -> list[Match]:
+    """Every attention call whose result matters, also inside checkpointed blocks and branches.
+
+    What makes q and k is looked for on the device types `fusing`.
+    """
     found = []
     for part in with_subgraphs(graph):
         live = live_nodes(part)
@@ -38,14 +41,16 @@ def find(graph: fx.Graph) -> list[Match]:
             for name, matcher in SPELLINGS.items():
                 if node in live and calls(node, name):
                     found.append(matcher(node, live))
-    return [_with_prologues(match) for match in found if match is not None]
+    matches = [match for match in found if match is not None]
+    anchors = {match.anchor for match in matches}
+    return [_with_prologues(match, anchors) if match.site.device_type in fusing else match for match in matches]
 
 
-def _with_prologues(match: Match) -> Match:
-    """The match, with what a kernel could do to its q and k as it reads them."""
-    if match.q is None or match.k is None:
+def _with_prologues(match: Match, anchors: set[fx.Node]) -> Match:
+    """The match, with what a kernel could do to its q and k as it reads them; not from what is replaced itself."""
+    if match.q is None or match.k is None or match.site.obstacle or match.site.needs_grad:
         return match
-    made = prologue.recognise(match.q, match.k, match.site.dtype, match.anchor)
+    made = prologue.recognise(match.q, match.k, match.site.dtype, match.anchor, anchors)
     if made is None:
         return match
     q_made, k_made = made

@@ -1,8 +1,9 @@
 """Recognise the RMSNorm and RoPE that make q or k out of its projection, for kernels that do them as they read it.
 
-In: q and k of a site, (batch, heads, tokens, head_dim). Out: a Prologue each: what memory holds, and what is still to
-be done to it. Whatever is not exactly understood is left to the graph, which is always right; so is what would save
-no memory traffic, because others read the result too, or because memory does not hold what it is made of.
+In: q and k of a site as Operands, of which those of 4 dims may have one. Out: a Prologue each: what memory holds, and
+what is still to be done to it. Whatever is not exactly understood is left to the graph, which is always right; so is
+what would save no memory traffic, because others read the result too, or because memory does not hold what it is made
+of.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class Prologue:
         return site.Prologue(self.eps is not None, weight, self.rope, table)
 
 
-def recognise(q: Operand, k: Operand, dtype: str, anchor: fx.Node) -> tuple[Prologue, Prologue] | None:
+def recognise(
+    q: Operand, k: Operand, dtype: str, anchor: fx.Node, others: set[fx.Node]
+) -> tuple[Prologue, Prologue] | None:
     """What makes q and k of the call at `anchor`, which computes in `dtype`; None if there is nothing.
 
-    Where only one of them is made so, the other's is empty.
+    Where only one of them is made so, the other's is empty. Results of `others` are no source: they may be replaced.
     """
     (*_, head_dim), found = q.sizes, tensor(q.node)
     assert found is not None
@@ -66,7 +69,7 @@ def recognise(q: Operand, k: Operand, dtype: str, anchor: fx.Node) -> tuple[Prol
         return None
     if autocast_is_on(anchor, found.device.type):
         return None
-    q_made, k_made = (_recognise(operand, anchor) for operand in (q, k))
+    q_made, k_made = (_recognise(operand, anchor, others) for operand in (q, k))
     if q_made.tables and k_made.tables and not all(map(_same_memory, q_made.tables, k_made.tables)):
         k_made = Prologue(peel(k))
     return None if q_made.is_empty and k_made.is_empty else (q_made, k_made)
@@ -81,11 +84,11 @@ def emit_table(build: Builder, table: Operand) -> fx.Node:
     return build.call(torch.squeeze, build.call(torch.permute, node, table.order), 1)
 
 
-def _recognise(given: Operand, anchor: fx.Node) -> Prologue:
+def _recognise(given: Operand, anchor: fx.Node, others: set[fx.Node]) -> Prologue:
     found = _read(_uncast_operand(given))
     understood = (
         not found.is_empty
-        and _in_memory(found.source.node)
+        and _in_memory(found.source.node, others)
         and list(map(str, found.source.sizes)) == list(map(str, given.sizes))
         and _keeps_dtypes(given.node, found)
         and not any(changed_between(found.source.node, anchor, Operand(read, ())) for read in _reads(found))
@@ -149,11 +152,11 @@ def _is_only_for(nodes: list[fx.Node], anchor: fx.Node) -> bool:
     return True
 
 
-def _in_memory(node: Any) -> bool:
+def _in_memory(node: Any, others: set[fx.Node]) -> bool:
     """Whether memory holds this tensor in any case: an input, a product, or a view of one."""
     while calls(node, *VIEWS) or (calls(node, "getitem") and _is_basic(node.args[1])):
         node = argument(node, 0, "input")
-    return isinstance(node, fx.Node) and (
+    return (isinstance(node, fx.Node) and node not in others) and (
         node.op in ("placeholder", "get_attr") or calls(node, *WRITTEN) or _is_foreign(node)
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.fx import Graph, GraphModule
 import sagecompile.passes as passes
 from sagecompile import ops, report, settings
 from sagecompile.cost.local import Local
-from sagecompile.decide import Decision, decide
+from sagecompile.decide import Decision, Keep, Use, decide
 from sagecompile.dump import dump
+from sagecompile.formats import fusing_devices
 from sagecompile.kernels import available
 from sagecompile.report import Report
 from sagecompile.settings import Settings
@@ -52,7 +54,7 @@ def sage_inductor(
     ours, inductor_options = settings.resolve(options)
     inductor = _inductor(mode, inductor_options)
     dump(gm, "before")
-    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)))
+    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)), fusing(ours))
     dump(gm, "after")
     logger.info(done.summary())
     logger.debug("\n%s", done)
@@ -77,9 +79,19 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
 
     def decision(site: AttentionSite) -> Decision:
         local = measurements(site.device, cuda_graphs) if ours.measure else None
-        return decide(site, available.device(site.device), ours, can_run, local, cuda_graphs)
+        found = decide(site, available.device(site.device), ours, can_run, local, cuda_graphs)
+        if site.prologues and isinstance(found, Keep):  # a kernel may run, or win, that leaves them to Inductor
+            plain = replace(site, prologues=None)
+            without = decide(plain, available.device(site.device), ours, can_run, local, cuda_graphs)
+            return without if isinstance(without, Use) else found
+        return found
 
     return decision
+
+
+def fusing(ours: Settings) -> frozenset[str]:
+    """Device types on which these settings may use a kernel that does prologues."""
+    return frozenset() if ours.policy == "never" else fusing_devices(may_win=ours.policy == "auto")
 
 
 @cache
@@ -109,7 +121,7 @@ def explain_with(
         nonlocal found
         dump(gm, "before")
         rewritten = _copy(gm)
-        found += passes.run(rewritten, decision)
+        found += passes.run(rewritten, decision, fusing(ours))
         dump(rewritten, "after")
         return gm.forward
 

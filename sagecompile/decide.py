@@ -87,7 +87,7 @@ def decide(
             if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
                 wanted = (site, name, provider.name, device, settings.min_speedup, cuda_graphs)
                 prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
-                fused = site.prologue if fuses((name, provider.name), site.head_dim) else ""
+                fused = site.prologue if site.prologues and fuses((name, provider.name), site.head_dim) else ""
                 candidates.append(Use(name, provider.name, prediction, fused))
     refused: dict[Alternative, str | None] = {}
 
@@ -180,7 +180,7 @@ def _unsure(contenders: list[Use]) -> list[Use]:
     ]
     if not unsure:
         return []
-    best = max(map(_speedup, unsure))
+    best = max(map(_speedup, unsure)) or max(map(_speedup, sure), default=0.0)
     return unsure + [
         use for use in sure if use.prediction and not use.prediction.measured and _speedup(use) * NEAR >= best
     ]

@@ -116,6 +116,12 @@ def fuses(alternative: tuple[str, str], head_dim: int) -> bool:
     return PROVIDERS[provider].prologues and head_dim in FORMATS[format].native_head_dims
 
 
+def fusing_devices(may_win: bool) -> frozenset[str]:
+    """Device types with a provider that does prologues; `may_win`: one that `auto` may use."""
+    rows = (row for row in PROVIDERS.values() if row.prologues and (row.may_win or not may_win))
+    return frozenset(device for row in rows for device in row.devices)
+
+
 def beats(one: tuple[str, str], other: tuple[str, str]) -> bool:
     """Whether another (format, provider) need not be tried where this one runs, which comes before it in the table."""
     return one[0] == other[0] and other[1] in PROVIDERS[one[1]].beats

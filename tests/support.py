@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sagecompile import passes, report
-from sagecompile.backend import decider
+from sagecompile.backend import decider, fusing
 from sagecompile.report import Report
 from sagecompile.settings import Settings
 
@@ -79,14 +79,15 @@ class Rewriter:
     """A torch.compile backend that runs our passes and then the graph as it is: fast, and the graph can be read."""
 
     def __init__(self, formats: Iterable[str] = (ACCURATE,), policy: str = "always") -> None:
-        self.decide = decider(Settings(policy=policy, formats=tuple(formats)), cuda_graphs=False)
+        settings = Settings(policy=policy, formats=tuple(formats))
+        self.decide, self.fusing = decider(settings, cuda_graphs=False), fusing(settings)
         self.graphs: list[fx.GraphModule] = []
         self.before: list[list[str]] = []
         self.report = Report(graphs=0)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.before.append([node.format_node() or "" for node in gm.graph.nodes])
-        self.report += passes.run(gm, self.decide)
+        self.report += passes.run(gm, self.decide, self.fusing)
         gm.graph.lint()
         self.graphs.append(gm)
         return gm.forward

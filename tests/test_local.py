@@ -127,29 +127,37 @@ class TestMeasure:
 class TestBusyCpu:
     """One that takes longer for everything than its own profile says is not believed."""
 
+    SITE = replace(SITE, kv_heads=4)
     QUIET = Prediction(3.0, "calibrated", calibrated=(Time(300.0), Time(100.0)))
 
     @pytest.fixture(autouse=True)
     def no_pauses(self, monkeypatch):
         monkeypatch.setattr(local, "PAUSE_S", 0.0)
 
+    def test_of_groups_no_profile_says_what_they_take(self, races):
+        slow = replace(self.QUIET, calibrated=(Time(1.0), Time(1.0)))
+        assert machine().measure(SITE, {ACCURATE: slow})[ACCURATE].speedup == 3.0
+
     def test_is_tried_again_and_nothing_kept(self, races):
         busy = {ACCURATE: replace(self.QUIET, calibrated=(Time(200.0), Time(90.0)))}
-        assert machine().measure(SITE, busy) == "the CPU is busy: it takes 1.5 times what it did when it was calibrated"
-        assert len(races) == local.TRIES and machine().recall(SITE) == {}
+        assert (
+            machine().measure(self.SITE, busy)
+            == "the CPU is busy: it takes 1.5 times what it did when it was calibrated"
+        )
+        assert len(races) == local.TRIES and machine().recall(self.SITE) == {}
 
     def test_that_comes_to_rest_is_measured(self, races, monkeypatch):
         race, slowed = local.race, [{"sdpa": Time(500.0)}, {}]
         monkeypatch.setattr(local, "race", lambda *args: race(*args) | slowed.pop(0))
-        assert machine().measure(SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == 3.0 and len(races) == 2
+        assert machine().measure(self.SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == 3.0 and len(races) == 2
 
     def test_without_a_profile_of_its_own_is_believed(self, races):
-        assert machine().measure(SITE, {ACCURATE: Prediction(9.0, "shipped")})[ACCURATE].speedup == 3.0
+        assert machine().measure(self.SITE, {ACCURATE: Prediction(9.0, "shipped")})[ACCURATE].speedup == 3.0
 
     def test_leaves_the_decision_to_the_profile(self, races, monkeypatch):
         profiled = Prediction(1.2, "calibrated", sure=False, calibrated=(Time(120.0), Time(100.0)))
         monkeypatch.setattr("sagecompile.decide.predict", lambda *_: profiled)
-        found = decide(SITE, Device("cpu", "some CPU"), Settings(formats=ACCURATE[:1]), lambda *_: None, machine())
+        found = decide(self.SITE, Device("cpu", "some CPU"), Settings(formats=ACCURATE[:1]), lambda *_: None, machine())
         assert found == Use(*ACCURATE, profiled) and len(races) == local.TRIES
 
 

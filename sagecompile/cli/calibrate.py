@@ -145,7 +145,8 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
         )
     )
     plain = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
-    sites = plain + [replace(site, prologues=FUSED) for site in plain if site.dtype in grid.fused_dtypes]
+    fused = [replace(site, prologues=FUSED) for site in plain if site.dtype in grid.fused_dtypes]
+    sites = plain + [site for site in fused if any(fuses(one, site.head_dim) for one in available.runners(site))]
     able = [available.runners(site) for site in sites]
     times: list[dict[str, Time]] = [{} for _ in sites]
     for turn, (which, site) in product(range(grid.turns), enumerate(sites)):
@@ -153,7 +154,7 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
         if done % 10 == 0:
             total = f"{done} of {grid.turns * len(sites)}"
             print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
-        if not able[which] or (site.prologues and not any(fuses(runner, site.head_dim) for runner in able[which])):
+        if not able[which]:
             continue
         key = {"calibration": turn, "runners": [" ".join(runner) for runner in able[which]]} | local.key(site)
         found = store.recall(key)

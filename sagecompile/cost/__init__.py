@@ -1,6 +1,6 @@
 """Predict how much faster a format is than SDPA, from what was measured on the same device.
 
-In: a site, a format, a provider, a device name. Out: a Prediction with its basis, or None where nothing was measured:
+In: a site, a format, a provider, a device. Out: a Prediction with its basis, or None where nothing was measured:
 a win is never guessed. The measurements are the files in `profiles/`, one a device, with versions and date; what they
 do not cover, local.py measures on the machine itself.
 """
@@ -16,7 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite, Device
 
 from . import store
@@ -97,8 +96,7 @@ def predict(
     profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
         return None
-    fused = site.prologues is not None and fuses((format, provider), site.head_dim)
-    families = _families(site, device, fused)
+    families = _families(site, device)
     family = next((one for one in families if profile.fewest_heads(one, alternative) is not None), None)
     fewest = profile.fewest_heads(family, alternative) if family else None
     if family is None or fewest is None:
@@ -128,17 +126,14 @@ def predict(
     return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings))
 
 
-def _families(site: AttentionSite, device: Device, fused: bool) -> list[Family]:
+def _families(site: AttentionSite, device: Device) -> list[Family]:
     """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long.
 
     Where nothing was measured with prologues, what fusing them saves is not counted.
     """
     alike = [site.dtype, *(["bfloat16"] if (device.type, site.dtype) == ("cuda", "float16") else [])]
-    return [
-        Family(dtype, site.head_dim, site.is_causal, one)
-        for one in sorted({fused, False}, reverse=True)
-        for dtype in alike
-    ]
+    fused = [True, False] if site.prologues else [False]
+    return [Family(dtype, site.head_dim, site.is_causal, one) for one in fused for dtype in alike]
 
 
 def _shown(us: float) -> str:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.formats import PROVIDERS, fuses
+from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, store
@@ -90,8 +90,9 @@ class Local:
     ) -> dict[Alternative, Prediction] | str:
         """Race the alternatives against SDPA now, or say why not; `predicted`: what a profile says of each, if it does.
 
-        Where everything on a CPU takes BUSY times what it does by a profile of the same machine, others are at work on
-        it, and some calls suffer more than others. It is tried TRIES times then; what was measured so is not kept.
+        Where something on a CPU takes BUSY times what it does by a profile of the same machine, others are at work on
+        it, and some calls suffer more than others. It is tried TRIES times then; what was measured so is not kept, nor
+        is it tried again in this process.
         """
         why_not = self.why_not(site, len(predicted))
         if why_not is not None:
@@ -101,11 +102,13 @@ class Local:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                 for left in reversed(range(TRIES)):
                     times = race(smaller, tuple(predicted), self.ops)
-                    slower = _slower_than_calibrated(times, predicted) if smaller == site else 1.0
+                    slower = _slower_than_calibrated(times, predicted) if _is_calibrated(smaller, site) else 1.0
                     if slower < BUSY:
                         break
                     if not left:
-                        return f"the CPU is busy: it takes {slower:.1f} times what it did when it was calibrated"
+                        reason = f"the CPU is busy: it takes {slower:.1f} times what it did when it was calibrated"
+                        self.failures[_name(self.key(site))] = reason
+                        return reason
                     time.sleep(PAUSE_S)
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
             reason = f"measuring failed: {type(failure).__name__}: {failure}"
@@ -120,8 +123,7 @@ class Local:
         """What a measurement of such a site is kept under."""
         names = "batch heads kv_heads q_len kv_len head_dim dtype is_causal".split()
         found = dict(self.machine) | {name: getattr(site, name) for name in names}
-        fusing = (row for row in PROVIDERS.values() if row.prologues and row.may_win)
-        if site.prologues and any(site.device_type in row.devices for row in fusing):
+        if site.prologues and site.device_type in fusing_devices(may_win=True):
             found["prologues"] = [made._asdict() for made in site.prologues]
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
 
@@ -217,6 +219,11 @@ def _fused_arguments(
         found[f"{name}_weight"] = random(prologue.weight, site.head_dim)
         found |= {f"{name}_eps": 1e-6 if prologue.norm else None, f"{name}_rope": prologue.rope}
     return found
+
+
+def _is_calibrated(raced: AttentionSite, site: AttentionSite) -> bool:
+    """Whether a profile's times are of what was raced: a CPU's, of the whole site, without groups."""
+    return site.device_type == "cpu" and raced == site and site.heads == site.kv_heads
 
 
 def _slower_than_calibrated(times: Mapping[str, Time], predicted: Mapping[Alternative, Prediction | None]) -> float:

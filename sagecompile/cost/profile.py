@@ -138,7 +138,8 @@ class Profile:
         return None if found is None else self._with_launches(found, family, alternative)
 
     def _with_launches(self, device_us: tuple[float, float], family: Family, alternative: str) -> tuple[Time, Time]:
-        sdpa, other = (self.launch_us.get(launched(name, family.fused), 0.0) for name in (SDPA, alternative))
+        names = [(launched(name, family.fused), name) for name in (SDPA, alternative)]
+        sdpa, other = (self.launch_us.get(own, self.launch_us.get(plain, 0.0)) for own, plain in names)
         return Time(device_us[0], sdpa), Time(device_us[1], other)
 
     @staticmethod

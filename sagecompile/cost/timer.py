@@ -1,4 +1,4 @@
-"""The one timer: interleaved runs, so that a drift of the machine hits every alternative alike, and their medians.
+"""The one timer: interleaved runs, so that a drift of the machine hits every alternative alike; medians or quartiles.
 
 In: calls by name and the device they run on. Out: for each what it takes the device, and what its launch takes the
 host, in microseconds. On a GPU the first is timed as replays of a CUDA graph, where launches cost

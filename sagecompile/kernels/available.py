@@ -91,7 +91,7 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     if site.head_dim > FORMATS[format].max_head_dim:
         return f"head_dim {site.head_dim}: needs at most {FORMATS[format].max_head_dim}"
     padded = min(d for d in FORMATS[format].native_head_dims if d >= site.head_dim)
-    prologues = site.prologues if fuses((format, provider), site.head_dim) else None
+    prologues = site.prologues if site.prologues and fuses((format, provider), site.head_dim) else None
     return _tried(provider, format, site.device, padded, site.dtype, site.is_causal, prologues)
 
 

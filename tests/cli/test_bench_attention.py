@@ -141,7 +141,7 @@ def test_flash_attention_3_takes_part_in_the_table(capsys, folder, monkeypatch):
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     monkeypatch.setattr(fa3.available, "device", lambda name: types.SimpleNamespace(
-        name="H200", type="cpu", compute_capability=(9, 0)))  # fmt: skip
+        name="H200", type="cpu", compute_capability=(9, 0), threads=None))  # fmt: skip
     arguments = ["bench", "attention", *SMALL, "--tokens", "64", "--flash-attention-3", "fa3.so", "--json", "rows.json"]
     assert main(arguments) == 0
     assert loaded == ["fa3.so"]

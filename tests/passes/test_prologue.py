@@ -540,3 +540,37 @@ def test_nothing_of_it_stays_in_the_graph() -> None:
     """Nor the lists that `unbind` makes."""
     _, backend = rewritten(both, *given(), formats=(FAST,))
     assert set(backend.targets) <= {"transpose", "permute", "unsqueeze", "squeeze", "qk_norm_rope_attention.default"}
+
+
+def test_nothing_is_looked_for_where_no_kernel_does_it() -> None:
+    """Reading a norm's eps would make it a guard; under `auto` a CPU has no kernel for it."""
+    fn = Normed(NORMS[next(iter(NORMS))])
+    for policy, found in (("always", True), ("auto", False), ("never", False)):
+        _, backend = rewritten(fn, *projected(EPS**0.5), policy=policy)
+        assert [bool(entry.site.prologues) for entry in backend.report.entries] == [found]
+
+
+def test_the_result_of_another_site_is_no_source() -> None:
+    """It is replaced, and what was read before would keep the old call alive."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        first = (q @ k.mT / D**0.5).softmax(-1) @ v
+        return F.scaled_dot_product_attention(F.rms_norm(first, (D,), eps=1e-6), k, v)
+
+    given = projected()
+    out, backend = rewritten(fn, *given)
+    assert len(backend.report.used) == 2 and relative_error(out, fn(*given)) <= 0.02
+    assert "softmax" not in backend.targets
+
+
+def test_a_kernel_that_fails_with_a_prologue_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sagecompile.kernels import available
+
+    refusal = available.refusal
+
+    def refuses(site: Any, *rest: Any) -> str | None:
+        return "ptxas died" if site.prologues else refusal(site, *rest)
+
+    monkeypatch.setattr(available, "refusal", refuses)
+    assert fused(Normed(NORMS[next(iter(NORMS))]), *projected(EPS**0.5), error=0.045) == ""

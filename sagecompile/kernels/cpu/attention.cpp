@@ -50,8 +50,9 @@ constexpr int BLOCKS = KEYS / K_BLOCK;
 constexpr int MAX_QUERIES = 96; // of a block
 constexpr int MAX_DIM = 256;    // |score| <= 127 * 127 * 256 < 2^22, see MAGIC
 constexpr int Q_WORDS = MAX_DIM / 4;
-constexpr int READ_AHEAD = 16;  // tokens
-constexpr int64_t MOST_KEPT = 16 << 20; // bytes of scratch that a thread keeps between calls
+constexpr int READ_AHEAD = 16;
+// Bytes of scratch that a thread keeps between calls, and that all of a call do.
+constexpr int64_t MOST_KEPT = 16 << 20, ALL_KEPT = 256 << 20;
 
 // 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum. Sums of integers that
 // start here can be read as floats without a conversion, and the multiply-add that scales a score takes MAGIC away.
@@ -162,10 +163,11 @@ template <class T> struct Tensor {
     T* token(int64_t batch, int64_t head, int64_t token) const {
         return data + batch * strides[0] + head * strides[1] + token * strides[2];
     }
-    // Fetch what is to be read READ_AHEAD tokens later: consecutive tokens of a head are often on different pages, where
-    // the hardware does not fetch ahead by itself. An address that is not there does no harm.
-    INLINE void prefetch(const T* token, int dim) const {
-        const char* const row = (const char*)token + READ_AHEAD * strides[2] * int64_t(sizeof(T));
+    // Fetch the token that is to be read READ_AHEAD steps of so many tokens later: those of a head are often on pages of
+    // their own, where the hardware does not fetch ahead by itself. An address that is not there does no harm.
+    INLINE void prefetch(const T* token, int dim, int64_t step = 1) const {
+        if (strides[3] != 1) return;
+        const char* const row = (const char*)token + READ_AHEAD * step * strides[2] * int64_t(sizeof(T));
         for (int at = 0; at < dim * int(sizeof(T)); at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
     }
     // `dim` elements to float32, and zeros up to `width`, a multiple of 16.
@@ -241,8 +243,8 @@ class Scratch {
         return memory.get();
     }
     // Calls that need more work long enough to get new pages.
-    void trim() {
-        if (size * 4 > MOST_KEPT) {
+    void trim(int threads) {
+        if (size * 4 > std::min(MOST_KEPT, ALL_KEPT / threads)) {
             memory.reset();
             size = 0;
         }
@@ -315,7 +317,7 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
     for (int64_t n = 0; n < shape.kv_len; n += step) {
         alignas(64) float row[MAX_DIM];
         const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, n);
-        k.prefetch(token, shape.dim);
+        k.prefetch(token, shape.dim, step);
         k.read(token, shape.dim, shape.k_width(), row);
         for (int d = 0; d < shape.dim; d += 16) {
             _mm512_store_ps(mean + d, _mm512_fmadd_ps(_mm512_load_ps(row + d), part, _mm512_load_ps(mean + d)));
@@ -620,7 +622,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
                 attend_block(own, head * group + i / whole_blocks, i % whole_blocks, whole_size);
             }
         }
-        one_head.trim();
+        one_head.trim(threads);
         if (shared) {
 #pragma omp for schedule(dynamic)
             for (int64_t head = whole; head < kv_heads; ++head) find_mean(packed, k, head);
@@ -634,7 +636,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
             }
         }
     }
-    some_heads.trim();
+    some_heads.trim(1);
     return enough;
 }
 
