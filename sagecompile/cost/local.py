@@ -32,8 +32,8 @@ LEAST_HEADS = {"cpu": 8, "cuda": 128}
 """That it is never measured on fewer than, where it has as many, so that all processors have work."""
 LONGEST = 8
 """How many times `FLOPS` a call of the least heads may have; beyond it nothing is measured."""
-MEMORY = 1 << 29
-"""Bytes of q, k, v and the outputs."""
+MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
+"""Bytes of q, k, v, the outputs and what prologues make."""
 BUDGET_S = 0.05
 BUSY, TRIES, PAUSE_S = 1.25, 3, 0.2
 """Beyond this factor a CPU is not measured on; how often, and after how long, it is tried."""
@@ -81,7 +81,7 @@ class Local:
         smaller = _shrink(site, alternatives)
         if smaller.flops > LONGEST * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
-        if _bytes(smaller, alternatives) > MEMORY:
+        if _bytes(smaller, alternatives) > MEMORY[site.device_type]:
             return f"{_bytes(smaller, alternatives) >> 20} MiB are too many to measure while compiling"
         return self.failures.get(_name(self.key(site)))
 
@@ -253,7 +253,8 @@ def _has_fixed_sizes(site: AttentionSite) -> bool:
 def _bytes(site: AttentionSite, alternatives: int) -> int:
     size = 4 if site.dtype == "float32" else 2
     queries, keys = site.heads * site.q_len, site.kv_heads * site.kv_len
-    return int(site.batch * site.head_dim * size * ((2 + alternatives) * queries + 2 * keys))
+    made = bool(site.prologues)
+    return int(site.batch * site.head_dim * size * ((2 + alternatives + made) * queries + (2 + made) * keys))
 
 
 def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:
@@ -261,7 +262,7 @@ def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
     least = -(-LEAST_HEADS[site.device_type] // group)
-    share = min(FLOPS[site.device_type] / site.flops, MEMORY / _bytes(site, alternatives))
+    share = min(FLOPS[site.device_type] / site.flops, MEMORY[site.device_type] / _bytes(site, alternatives))
     groups = min(all_groups, max(least, int(all_groups * share)))
     kv_heads = min(groups, site.kv_heads)
     return replace(site, batch=max(1, groups // kv_heads), kv_heads=kv_heads, heads=kv_heads * group)
