@@ -19,9 +19,9 @@ from torch.fx import Graph, GraphModule
 import sagecompile.passes as passes
 from sagecompile import ops, report, settings
 from sagecompile.cost.local import Local
-from sagecompile.decide import Decision, Keep, Use, decide
+from sagecompile.decide import Decision, Keep, decide
 from sagecompile.dump import dump
-from sagecompile.formats import fusing_devices
+from sagecompile.formats import fuses, fusing_devices
 from sagecompile.kernels import available
 from sagecompile.report import Report
 from sagecompile.settings import Settings
@@ -74,16 +74,19 @@ def _captures_cuda_graphs(inductor: Any) -> bool:
 def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Decision]:
     """`decide` for this machine; `cuda_graphs`: whether Inductor will capture the graph."""
 
-    def can_run(site: AttentionSite, format: str, provider: str) -> str | None:
-        return available.refusal(site, format, provider, cuda_graphs)
-
     def decision(site: AttentionSite) -> Decision:
+        fails_fused = False
+
+        def can_run(site: AttentionSite, format: str, provider: str) -> str | None:
+            nonlocal fails_fused
+            reason = available.refusal(site, format, provider, cuda_graphs)
+            fails_fused |= bool(reason and site.prologues and fuses((format, provider), site.head_dim))
+            return reason
+
         local = measurements(site.device, cuda_graphs) if ours.measure else None
         found = decide(site, available.device(site.device), ours, can_run, local, cuda_graphs)
-        if site.prologues and isinstance(found, Keep):  # a kernel may run, or win, that leaves them to Inductor
-            plain = replace(site, prologues=None)
-            without = decide(plain, available.device(site.device), ours, can_run, local, cuda_graphs)
-            return without if isinstance(without, Use) else found
+        if fails_fused and isinstance(found, Keep):  # the same kernel may run where it leaves the prologues to Inductor
+            return decision(replace(site, prologues=None))
         return found
 
     return decision
