@@ -6,13 +6,18 @@ What runs is the rewritten graph through Inductor on the CPU; the answer is comp
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from sagecompile.cli.bench.block import Block as RopeBlock
+from sagecompile.cli.bench.block import angles
+from sagecompile.cli.bench.shapes import Shape, inputs
 from sagecompile.report import Report, recording
 
 ALWAYS = {"sage.policy": "always"}
@@ -193,3 +198,23 @@ def test_two_policies_on_one_model_do_not_share_a_graph():
         for policy in ("never", "always"):
             torch.compile(model, backend="sage_inductor", options={"sage.policy": policy})(x)
     assert [len(report.used) for report in reports] == [0, 1]
+
+
+@pytest.mark.parametrize("rope", ["half", "interleaved"])
+def test_what_is_kept_compiles_to_inductors_own_code(rope):
+    """Byte for byte: nothing else is different, so nothing else is slower."""
+    shape, device = Shape("bfloat16", 64, True, 40, 2, 2), torch.device("cpu")
+    q, k, v = inputs(shape, device, tokens_first=True)
+    given = {"q": q, "k": k, "v": v} | angles(40, 64, rope, torch.bfloat16, device)
+    block = RopeBlock(64, rope, is_causal=True).to(torch.bfloat16)
+
+    def generated(**how):
+        torch._dynamo.reset()
+        with torch.no_grad(), fresh_cache(), recording() as reports:
+            _, code = run_and_get_code(torch.compile(lambda **x: block(**x), dynamic=False, **how), **given)
+        assert not any(report.used for report in reports)
+        return re.sub(r"/tmp/\S+|c[a-z0-9]{40,}|AOT ID: .*", "", "\n".join(code))  # where this process keeps it
+
+    expected = generated(backend="inductor")
+    for options in ({"sage.policy": "never"}, {"sage.policy": "auto", "sage.min_speedup": 1000.0}):
+        assert generated(backend="sage_inductor", options=options) == expected and "scaled_dot_product" in expected
