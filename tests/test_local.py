@@ -125,7 +125,7 @@ class TestMeasure:
 
 
 class TestBusyCpu:
-    """One that takes longer for everything than its own profile says is not believed."""
+    """One that takes longer for something than its own profile says is not believed."""
 
     SITE = replace(SITE, kv_heads=4)
     QUIET = Prediction(3.0, "calibrated", calibrated=(Time(300.0), Time(100.0)))

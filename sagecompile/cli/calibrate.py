@@ -146,28 +146,30 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
     )
     plain = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
     fused = [replace(site, prologues=FUSED) for site in plain if site.dtype in grid.fused_dtypes]
-    sites = plain + [site for site in fused if any(fuses(one, site.head_dim) for one in available.runners(site))]
-    able = [available.runners(site) for site in sites]
+    able = [(site, available.runners(site)) for site in plain + fused]
+    sites = [
+        (site, runners)
+        for site, runners in able
+        if runners and (not site.prologues or any(fuses(runner, site.head_dim) for runner in runners))
+    ]
     times: list[dict[str, Time]] = [{} for _ in sites]
-    for turn, (which, site) in product(range(grid.turns), enumerate(sites)):
+    for turn, (which, (site, runners)) in product(range(grid.turns), enumerate(sites)):
         done = turn * len(sites) + which
         if done % 10 == 0:
             total = f"{done} of {grid.turns * len(sites)}"
             print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
-        if not able[which]:
-            continue
-        key = {"calibration": turn, "runners": [" ".join(runner) for runner in able[which]]} | local.key(site)
+        key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(site)
         found = store.recall(key)
         if found is None:
             try:
-                found = dict(race(site, able[which], ops, grid.budget_s, launches=which % LAUNCHES_EVERY == 0))
+                found = dict(race(site, runners, ops, grid.budget_s, launches=which % LAUNCHES_EVERY == 0))
             except (torch.OutOfMemoryError, MemoryError):
                 print(f"\n{site.shape} left out: no memory", file=sys.stderr)
                 continue
             store.remember(key, found)
         times[which] = fastest(times[which], {name: Time(*time) for name, time in found.items()})
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
-    return [(site, measured) for site, measured in zip(sites, times, strict=True) if measured]
+    return [(site, measured) for (site, _), measured in zip(sites, times, strict=True) if measured]
 
 
 def _family(site: AttentionSite) -> Family:

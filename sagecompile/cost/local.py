@@ -100,24 +100,29 @@ class Local:
         smaller = _shrink(site, len(predicted))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-                for left in reversed(range(TRIES)):
-                    times = race(smaller, tuple(predicted), self.ops)
-                    slower = _slower_than_calibrated(times, predicted) if _is_calibrated(smaller, site) else 1.0
-                    if slower < BUSY:
-                        break
-                    if not left:
-                        reason = f"the CPU is busy: it takes {slower:.1f} times what it did when it was calibrated"
-                        self.failures[_name(self.key(site))] = reason
-                        return reason
-                    time.sleep(PAUSE_S)
+                times = self._race_on_an_idle_cpu(smaller, predicted, _is_calibrated(smaller, site))
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
-            reason = f"measuring failed: {type(failure).__name__}: {failure}"
-            self.failures[_name(self.key(site))] = reason
-            return reason
+            times = f"measuring failed: {type(failure).__name__}: {failure}"
+        if isinstance(times, str):
+            self.failures[_name(self.key(site))] = times
+            return times
         raced = {name: (times[SDPA], ours, smaller.shape, _today()) for name, ours in times.items() if name != SDPA}
         before = store.recall(self.key(site)) or {"times": {}}
         store.remember(self.key(site), {"times": before["times"] | raced})
         return self.recall(site)
+
+    def _race_on_an_idle_cpu(
+        self, site: AttentionSite, predicted: Mapping[Alternative, Prediction | None], calibrated: bool
+    ) -> dict[str, Time] | str:
+        """A race in which nothing took BUSY times what it did when it was calibrated, or that there was none."""
+        for left in reversed(range(TRIES)):
+            times = race(site, tuple(predicted), self.ops)
+            slower = _slower_than_calibrated(times, predicted) if calibrated else 1.0
+            if slower < BUSY:
+                return times
+            if left:
+                time.sleep(PAUSE_S)
+        return f"the CPU is busy: it takes {slower:.1f} times what it did when it was calibrated"
 
     def key(self, site: AttentionSite) -> dict[str, Any]:
         """What a measurement of such a site is kept under."""
@@ -209,8 +214,9 @@ def _fused_arguments(
     """Of qk_norm_rope_attention, on random numbers."""
 
     def random(dtype: str | None, *size: int) -> torch.Tensor | None:
-        found = torch.rand(size, generator=generator, device=site.device)
-        return None if dtype is None else found.to(getattr(torch, dtype))
+        if dtype is None:
+            return None
+        return torch.rand(size, generator=generator, device=site.device).to(getattr(torch, dtype))
 
     length = site.q_len if q_prologue.table else site.kv_len
     tables = [random(q_prologue.table or k_prologue.table, 1, length, site.head_dim) for _ in range(2)]
