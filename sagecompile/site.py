@@ -24,6 +24,11 @@ class Prologue(NamedTuple):
     table: str | None = None
     """Dtype of cos and sin."""
 
+    @property
+    def kind(self) -> str:
+        """What it computes, whatever its dtypes: `half`, `norm, interleaved`."""
+        return f"norm, {self.rope}" if self.norm else self.rope
+
 
 @dataclass(frozen=True)
 class AttentionSite:

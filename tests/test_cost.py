@@ -174,6 +174,20 @@ class TestPredict:
             found = cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
             assert found.speedup == pytest.approx(speedup)
 
+    @pytest.mark.parametrize(("copies", "us"), [({}, 900), ({"half": 2.0}, 1200), ({"norm, half": 2.0}, 900)])
+    def test_counts_what_inductor_takes_for_a_prologue_in_copies(self, monkeypatch, copies, us):
+        """What one copy took is known: 300 us."""
+        fused = tuple(
+            replace(p, family=FAMILY._replace(fused=True), us={SDPA: 900.0, HOPPER: 300.0}) for p in RISING.points
+        )
+        plain = tuple(replace(p, us={SDPA: 600.0, HOPPER: 300.0}) for p in RISING.points)
+        profile = Profile("GPU", "2026-01-01", plain + fused, copies=copies)
+        monkeypatch.setattr(cost, "profiles", lambda: {"GPU": profile})
+        rotated = replace(SITE, prologues=(Prologue(rope="half", table="bfloat16"),) * 2)
+        for site in (rotated, replace(rotated, q_len=Symbolic(9), kv_len=Symbolic(9))):
+            found = cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
+            assert found.speedup == pytest.approx(us / 300)
+
     def test_on_a_gpu_float16_takes_as_long_as_bfloat16(self):
         half = replace(SITE, dtype="float16")
         assert predict(half) == predict(SITE)
@@ -207,12 +221,9 @@ def test_the_timer_turns_the_order_around_every_round(names):
 
 class TestFiles:
     def test_a_profile_reads_what_it_writes(self):
-        stored = json.loads(
-            json.dumps(
-                to_json({"device": "GPU", "threads": None, "date": "2026-01-01"}, RISING.points, RISING.launch_us)
-            )
-        )
-        assert Profile.read(stored) == RISING
+        machine = {"device": "GPU", "threads": None, "date": "2026-01-01"}
+        stored = json.loads(json.dumps(to_json(machine, RISING.points, {SDPA: 9.0}, {"half": 1.5})))
+        assert Profile.read(stored) == replace(RISING, launch_us={SDPA: 9.0}, copies={"half": 1.5})
 
     def test_another_schema_is_refused(self):
         with pytest.raises(ValueError, match=f"schema 1: this version reads {SCHEMA}"):
@@ -232,7 +243,8 @@ class TestFiles:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         own = cost.own_profiles()
         own.mkdir(parents=True)
-        text = json.dumps(to_json({"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"}, RISING.points, {}))
+        machine = {"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"}
+        text = json.dumps(to_json(machine, RISING.points, {}, {}))
         (own / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         found = cost.profiles()["NVIDIA H200"]

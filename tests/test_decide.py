@@ -244,6 +244,14 @@ def test_the_winner_that_cannot_run_is_the_first_reason(monkeypatch):
     assert "predicted below 1.05x: 0.90x for qk_int8_pv_fp8 by triton (somewhere)" in decision.reason
 
 
+@pytest.mark.parametrize(
+    ("speedup", "measured", "used"), [(1.04, True, True), (1.04, False, False), (1.02, True, False)]
+)
+def test_what_is_measured_may_miss_min_speedup_by_its_noise(monkeypatch, speedup, measured, used):
+    monkeypatch.setattr(module, "predict", lambda *_: Prediction(speedup, "here", measured=measured))
+    assert isinstance(decide(SITE, H200, Settings(formats=("qk_int8_pv_fp8",)), runs), Use) == used
+
+
 def test_auto_asks_for_min_speedup(monkeypatch):
     monkeypatch.setattr(module, "predict", speeds({("qk_int8_pv_fp16", "triton"): 1.04}))
     only = ("qk_int8_pv_fp16",)

@@ -46,7 +46,7 @@ def races(monkeypatch):
     """The races that were run; each has TIMES."""
     run = []
 
-    def race(site, alternatives, ops):
+    def race(site, alternatives, ops, copies):
         run.append((site, tuple(alternatives)))
         return {"sdpa": TIMES["sdpa"]} | {" ".join(alternative): TIMES[alternative] for alternative in alternatives}
 
@@ -148,7 +148,7 @@ class TestBusyCpu:
 
     def test_that_comes_to_rest_is_measured(self, races, monkeypatch):
         race, slowed = local.race, [{"sdpa": Time(500.0)}, {}]
-        monkeypatch.setattr(local, "race", lambda *args: race(*args) | slowed.pop(0))
+        monkeypatch.setattr(local, "race", lambda *args, **how: race(*args, **how) | slowed.pop(0))
         assert machine().measure(self.SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == 3.0 and len(races) == 2
 
     def test_without_a_profile_of_its_own_is_believed(self, races):
@@ -213,6 +213,25 @@ class TestPrologues:
         memory = {x.data_ptr() for x in fused[0][:2]}
         assert len(plain) == len(fused) and all(x.data_ptr() not in memory for q, k, _ in plain for x in (q, k))
         assert all(torch.equal(plain[0][i], fused[0][i]) for i in range(3))
+
+    def test_are_copied_as_often_as_inductors_own_kernel_takes(self, seen, monkeypatch):
+        """By the profile: twice for q's, once for k's."""
+        _, recorded = seen
+        monkeypatch.setattr(local, "prologue_copies", lambda site, device_name: (2.0, 1.0))
+        copied = []
+        clone = torch.Tensor.clone
+        monkeypatch.setattr(torch.Tensor, "clone", lambda x: (copied.append(x.numel()), clone(x))[1])
+        monkeypatch.setitem(PROVIDERS, "reference", replace(PROVIDERS["reference"], may_win=True))
+        timed = Local({}, recorded, cuda_graphs=False)
+        assert not isinstance(timed.measure(self.SITE, unpredicted(("qk_int8_pv_fp16", "reference"))), str)
+        q, k = 2 * 4 * 90 * 64, 2 * 2 * 90 * 64
+        assert set(copied) == {2 * q, k} and copied[0::2] == [2 * q] * (len(copied) // 2)
+
+    def test_measured_before_inductors_kernel_was_are_measured_again(self, races, monkeypatch):
+        monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
+        machine().measure(self.SITE, unpredicted(ACCURATE))
+        monkeypatch.setattr(local, "prologue_copies", lambda site, device_name: (1.5, 1.5))
+        assert not machine().recall(self.SITE)
 
     def test_are_nothing_to_a_race_without_a_kernel_for_them(self, seen):
         calls, recorded = seen
@@ -302,7 +321,7 @@ class TestReasons:
     ],
 )
 def test_a_large_site_is_measured_on_less_of_it(site, expected):
-    smaller = local._shrink(site, 2)
+    smaller = local._shrink(site, 2, (1.0, 1.0))
     assert (smaller.batch, smaller.heads, smaller.kv_heads) == expected
 
 

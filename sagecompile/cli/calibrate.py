@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from sagecompile.errors import SageCompileError
 from sagecompile.site import Prologue
 
 if TYPE_CHECKING:
+    import torch
+
     from sagecompile.cost.profile import Family, Time
     from sagecompile.site import AttentionSite
 
@@ -74,6 +76,11 @@ GRIDS = {
 
 FUSED = (Prologue(norm=True, weight="bfloat16", rope="interleaved", table="float32"),) * 2
 """The one that stands for all: it reads the largest tables."""
+COPIES_OF = tuple((norm, rope) for rope in ("half", "interleaved") for norm in (False, True))
+COMPILED = 2
+"""How often Inductor compiles each. The faster counts: now and then its choice among its own kernels is a bad one."""
+COPIED = 8192, 32, 128
+"""Tokens, heads, head_dim."""
 HEADS = 16
 """Of one sequence at most, as models have them; more are of several."""
 LAUNCHES_EVERY = 10
@@ -100,13 +107,14 @@ def run(arguments: argparse.Namespace) -> int:
     facts = machine(device)
     with torch.no_grad():
         measured = _measure(str(device), arguments.again)
+        copies = _copies(device) if any(site.prologues for site, _ in measured) else {}
     if not measured:
         raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
     points = [
         Point(_family(site), site.batch * site.heads, site.q_len, {name: time.device for name, time in times.items()})
         for site, times in measured
     ]
-    text = render(to_json(facts, points, _launches(measured)))
+    text = render(to_json(facts, points, _launches(measured), copies))
     file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +178,33 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
         times[which] = fastest(times[which], {name: Time(*time) for name, time in found.items()})
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
     return [(site, measured) for (site, _), measured in zip(sites, times, strict=True) if measured]
+
+
+def _copies(device: torch.device) -> dict[str, float]:
+    """By a prologue's kind, what Inductor's kernel for q and k takes, in copies of them; the least is 1."""
+    import torch
+    from torch._inductor.utils import fresh_cache
+
+    from sagecompile.cost.timer import interleaved_times
+
+    from .bench.block import Block, angles
+    from .bench.compiled import compiled_apart
+
+    tokens, heads, head_dim = COPIED
+    dtype = torch.bfloat16
+    q, k = (torch.randn((1, tokens, heads, head_dim), device=device, dtype=dtype) for _ in range(2))
+    found = {}
+    for norm, rope in COPIES_OF:
+        made = Block(head_dim, rope, is_causal=False, norm=norm).to(device, dtype).prologues
+        inputs = {"q": q, "k": k} | angles(tokens, head_dim, rope, dtype, device)
+        calls: dict[str, Callable[[], object]] = {"copy": lambda: (q.clone(), k.clone())}
+        for i in range(COMPILED):
+            calls[str(i)] = compiled_apart(made, inputs, {})
+            with fresh_cache():
+                calls[str(i)]()
+        copy, *compiled = (time.device for time in interleaved_times(calls, device.type, 0.05, launches=False).values())
+        found[Prologue(norm=norm, rope=rope).kind] = max(1.0, min(compiled) / copy)
+    return found
 
 
 def _family(site: AttentionSite) -> Family:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-from sagecompile.site import AttentionSite, Device
+from sagecompile.site import AttentionSite, Device, Prologue
 
 from . import store
 from .profile import Family, Profile, Time, crossing_of, speedup
@@ -74,6 +75,13 @@ def profiles() -> dict[str, Profile]:
     return found
 
 
+def prologue_copies(site: AttentionSite, device_name: str) -> tuple[float, float]:
+    """How many times as long as a copy Inductor's kernels for q's and k's take; 1, the least, where nobody measured."""
+    profile = profiles().get(device_name)
+    q, k = (profile.copies.get(made.kind, 1.0) if profile else 1.0 for made in site.prologues or (Prologue(),) * 2)
+    return q, k
+
+
 def own_profiles() -> Path:
     """Where `sagecompile calibrate` puts what it measured."""
     return store.folder().parent / "profiles"
@@ -105,10 +113,11 @@ def predict(
     if heads < fewest:
         return None
     heads = heads if isinstance(heads, int) else fewest
+    copies = statistics.mean(prologue_copies(site, device.name))
     alike = profile.threads in (None, device.threads)
     when = f"{device.name}{'' if alike else f' with {profile.threads} threads'}, {profile.date}"
     if isinstance(site.q_len, int) and isinstance(site.kv_len, int):
-        times = profile.times(family, alternative, heads, site.q_len) if site.q_len == site.kv_len else None
+        times = profile.times(family, alternative, heads, site.q_len, copies) if site.q_len == site.kv_len else None
         if times is None:
             return None
         found = speedup(times, cuda_graphs)
@@ -116,7 +125,7 @@ def predict(
         basis = f"{ours} against {sdpa}{' with what makes q and k' if family.fused else ''}, {when}"
         sure = alike and not wanted / NEAR < found < wanted * NEAR
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
-    curves = profile.speedups(family, alternative, heads, cuda_graphs) if alike else []
+    curves = profile.speedups(family, alternative, heads, cuda_graphs, copies) if alike else []
     if not curves:
         return None
     at_most_tokens = min(curve[-1][1] for curve in curves)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, store
+from . import Alternative, Prediction, prologue_copies, store
 from .profile import SDPA, Time, speedup
 from .timer import interleaved_times
 
@@ -78,11 +79,11 @@ class Local:
             return "sizes that change are not measured while compiling"
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
-        smaller = _shrink(site, alternatives)
+        smaller = self._shrink(site, alternatives)
         if smaller.flops > LONGEST * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
-        if _bytes(smaller, alternatives) > MEMORY[site.device_type]:
-            return f"{_bytes(smaller, alternatives) >> 20} MiB are too many to measure while compiling"
+        if (needed := _bytes(smaller, alternatives, self._copies(site))) > MEMORY[site.device_type]:
+            return f"{needed >> 20} MiB are too many to measure while compiling"
         return self.failures.get(_name(self.key(site)))
 
     def measure(
@@ -97,7 +98,7 @@ class Local:
         why_not = self.why_not(site, len(predicted))
         if why_not is not None:
             return why_not
-        smaller = _shrink(site, len(predicted))
+        smaller = self._shrink(site, len(predicted))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                 times = self._race_on_an_idle_cpu(smaller, predicted, _is_calibrated(smaller, site))
@@ -116,7 +117,7 @@ class Local:
     ) -> dict[str, Time] | str:
         """A race in which nothing took BUSY times what it did when it was calibrated, or that there was none."""
         for left in reversed(range(TRIES)):
-            times = race(site, tuple(predicted), self.ops)
+            times = race(site, tuple(predicted), self.ops, copies=self._copies(site))
             slower = _slower_than_calibrated(times, predicted) if calibrated else 1.0
             if slower < BUSY:
                 return times
@@ -130,7 +131,14 @@ class Local:
         found = dict(self.machine) | {name: getattr(site, name) for name in names}
         if site.prologues and site.device_type in fusing_devices(may_win=True):
             found["prologues"] = [made._asdict() for made in site.prologues]
+            found["copies"] = self._copies(site)
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
+
+    def _copies(self, site: AttentionSite) -> tuple[float, float]:
+        return prologue_copies(site, str(self.machine.get("device")))
+
+    def _shrink(self, site: AttentionSite, alternatives: int) -> AttentionSite:
+        return _shrink(site, alternatives, self._copies(site))
 
 
 def race(
@@ -139,11 +147,13 @@ def race(
     ops: Ops,
     budget_s: float = BUDGET_S,
     launches: bool = True,
+    copies: tuple[float, float] = (1.0, 1.0),
 ) -> dict[str, Time]:
     """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`.
 
-    Where one of them does the prologues of q and k, the others get what these make: written again by a copy, which
-    moves the bytes that Inductor's kernel for them does, and takes at most as long. `launches`: whether they are timed.
+    Where one of them does the prologues of q and k, the others get what these make: written again by a copy. That moves
+    the bytes which Inductor's kernel for them must, so it is the least that this takes; where that takes `copies` times
+    as long, more is copied. `launches`: whether they are timed.
     """
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
@@ -164,11 +174,11 @@ def race(
     q_prologue, k_prologue = site.prologues if site.prologues and fusing else (Prologue(), Prologue())
     fused = _fused_arguments(site, q_prologue, k_prologue, generator) if fusing else {}
 
-    def made(x: torch.Tensor, prologue: Prologue) -> torch.Tensor:
-        return x if prologue == Prologue() else x.clone()
+    make_q = _maker(q, copies[0] if q_prologue != Prologue() else 0.0)
+    make_k = _maker(k, copies[1] if k_prologue != Prologue() else 0.0)
 
     def sdpa() -> torch.Tensor:
-        their_q, their_k, their_v = made(q, q_prologue), made(k, k_prologue), v
+        their_q, their_k, their_v = make_q(), make_k(), v
         if repeated:
             their_k, their_v = repeated
         how = {"is_causal": site.is_causal, "scale": scale, "enable_gqa": group > repeats}
@@ -179,7 +189,7 @@ def race(
         how |= {"format": format, "provider": provider}
         if (format, provider) in fusing:
             return ops.qk_norm_rope_attention(q, k, v, **fused, **how)  # type: ignore[no-any-return]
-        return ops.attention(made(q, q_prologue), made(k, k_prologue), v, **how)  # type: ignore[no-any-return]
+        return ops.attention(make_q(), make_k(), v, **how)  # type: ignore[no-any-return]
 
     calls: dict[str, Callable[[], object]] = {SDPA: sdpa}
     calls |= {" ".join(alternative): partial(ours, *alternative) for alternative in alternatives}
@@ -192,6 +202,16 @@ def race(
             torch.cuda.empty_cache()  # what the captured graphs had for themselves goes back
     del kept
     return times
+
+
+def _maker(x: torch.Tensor, copies: float) -> Callable[[], torch.Tensor]:
+    """Of x (B, H, N, D), in memory (B, N, H, D), written anew with so many times as many bytes; of x itself with 0."""
+    if copies == 0:
+        return lambda: x
+    size, tokens_first = x.numel(), x.transpose(1, 2)
+    memory = x.new_zeros(math.ceil(copies * size))
+    memory[:size] = tokens_first.reshape(-1)
+    return lambda: memory.clone()[:size].view(tokens_first.shape).transpose(1, 2)
 
 
 def _memory_at_hand(like: torch.Tensor) -> torch.Tensor:
@@ -256,19 +276,20 @@ def _has_fixed_sizes(site: AttentionSite) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _bytes(site: AttentionSite, alternatives: int) -> int:
+def _bytes(site: AttentionSite, alternatives: int, copies: tuple[float, float]) -> int:
     size = 4 if site.dtype == "float32" else 2
     queries, keys = site.heads * site.q_len, site.kv_heads * site.kv_len
-    made = bool(site.prologues)
-    return int(site.batch * site.head_dim * size * ((2 + alternatives + made) * queries + (2 + made) * keys))
+    q_made, k_made = (2 * times if site.prologues else 0.0 for times in copies)
+    return int(site.batch * site.head_dim * size * ((2 + alternatives + q_made) * queries + (2 + k_made) * keys))
 
 
-def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:
+def _shrink(site: AttentionSite, alternatives: int, copies: tuple[float, float]) -> AttentionSite:
     """With as many KV heads and sequences as FLOPS and MEMORY allow, LEAST_HEADS at the least; groups stay whole."""
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
     least = -(-LEAST_HEADS[site.device_type] // group)
-    share = min(FLOPS[site.device_type] / site.flops, MEMORY[site.device_type] / _bytes(site, alternatives))
+    bytes_share = MEMORY[site.device_type] / _bytes(site, alternatives, copies)
+    share = min(FLOPS[site.device_type] / site.flops, bytes_share)
     groups = min(all_groups, max(least, int(all_groups * share)))
     kv_heads = min(groups, site.kv_heads)
     return replace(site, batch=max(1, groups // kv_heads), kv_heads=kv_heads, heads=kv_heads * group)

@@ -3,6 +3,8 @@
 In: points, each the device's times at one dtype, head dim, causality, number of heads and length, with q and k as they
 are or still to be normed and rotated, and what a launch costs the host. Out: times at any shape that the grid encloses,
 and the length from which on an alternative wins.
+In front of SDPA norm and rotation are measured as a copy of q and k, and counted as many times as Inductor's kernel for
+them takes longer than a copy.
 Between points times are powers of the length and of the heads, straight lines in logarithms; lengths that are multiples
 of ROUND have lines of their own, because many kernels are faster there. Beyond the longest length and the most heads
 the last ratio holds, as all processors are at work by then; below the shortest and the fewest nothing is said. Where
@@ -18,7 +20,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
-SCHEMA = 4
+SCHEMA = 5
 SDPA, SHIPPED = "sdpa", "shipped"
 ROUND = 16
 
@@ -33,7 +35,7 @@ class Family(NamedTuple):
     head_dim: int
     is_causal: bool
     fused: bool = False
-    """Whether q and k were made by prologues: by the alternative's own kernels, in front of SDPA by others."""
+    """Whether q and k were made by prologues: by the alternative's own kernels, in front of SDPA by a copy."""
 
 
 class Time(NamedTuple):
@@ -91,6 +93,8 @@ class Profile:
     points: tuple[Point, ...]
     launch_us: Mapping[str, float] = field(default_factory=dict)
     """Of the host at any shape, by the same names, `launched` where prologues are fused; none on a CPU."""
+    copies: Mapping[str, float] = field(default_factory=dict)
+    """By the `kind` of a prologue, how many times as long as a copy Inductor's kernel for it takes."""
     threads: int | None = None
     """Of a CPU."""
     source: str = SHIPPED
@@ -111,7 +115,10 @@ class Profile:
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
-        return cls(stored["device"], stored["date"], points, dict(stored["launch_us"]), stored["threads"], source)
+        return cls(
+            stored["device"], stored["date"], points, dict(stored["launch_us"]), dict(stored["copies"]),
+            stored["threads"], source,
+        )  # fmt: skip
 
     @cached_property
     def _lines(self) -> dict[tuple[Family, str, bool], dict[int, Line]]:
@@ -132,10 +139,19 @@ class Profile:
         """That something is known of; None if nothing is."""
         return min(self._of(family, alternative, True), default=None)
 
-    def times(self, family: Family, alternative: str, heads: int, length: float) -> tuple[Time, Time] | None:
-        """Of SDPA and of the alternative, or None outside of what was measured."""
-        found = self._device_us(self._of(family, alternative, length % ROUND == 0), heads, length)
-        return None if found is None else self._with_launches(found, family, alternative)
+    def times(
+        self, family: Family, alternative: str, heads: int, length: float, copies: float = 1.0
+    ) -> tuple[Time, Time] | None:
+        """Of SDPA and of the alternative, or None outside of what was measured; `copies` in front of SDPA, if fused."""
+        found, plain = (
+            self._device_us(self._of(one, alternative, length % ROUND == 0), heads, length)
+            for one in (family, family._replace(fused=False))
+        )
+        if found is None:
+            return None
+        sdpa, other = found
+        more = (copies - 1) * max(0.0, sdpa - plain[0]) if family.fused and plain is not None else 0.0
+        return self._with_launches((sdpa + more, other), family, alternative)
 
     def _with_launches(self, device_us: tuple[float, float], family: Family, alternative: str) -> tuple[Time, Time]:
         names = [(launched(name, family.fused), name) for name in (SDPA, alternative)]
@@ -158,20 +174,16 @@ class Profile:
             math.exp((1 - weight) * a + weight * b) for a, b in zip(low, high, strict=True)
         )
 
-    def speedups(self, family: Family, alternative: str, heads: int, cuda_graphs: bool) -> list[Curve]:
+    def speedups(
+        self, family: Family, alternative: str, heads: int, cuda_graphs: bool, copies: float = 1.0
+    ) -> list[Curve]:
         """Over SDPA at the measured lengths: a curve of the round ones and one of the others, each if it is known."""
         curves = []
         for is_round in (True, False):
             lines = self._lines.get((family, alternative, is_round), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
-            found = [(length, self._device_us(lines, heads, length)) for length in lengths]
-            curves.append(
-                [
-                    (length, speedup(self._with_launches(us, family, alternative), cuda_graphs))
-                    for length, us in found
-                    if us is not None
-                ]
-            )
+            found = [(length, self.times(family, alternative, heads, length, copies)) for length in lengths]
+            curves.append([(length, speedup(times, cuda_graphs)) for length, times in found if times is not None])
         return [curve for curve in curves if curve]
 
 
@@ -216,7 +228,9 @@ def _line(points: Sequence[Point], alternative: str) -> Line:
     )
 
 
-def to_json(machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapping[str, float]) -> dict[str, Any]:
+def to_json(
+    machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapping[str, float], copies: Mapping[str, float]
+) -> dict[str, Any]:
     """What `Profile.read` reads; `machine`: device, threads, date, versions."""
     groups: dict[Family, list[Any]] = {}
     for point in points:
@@ -227,6 +241,7 @@ def to_json(machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapp
         | dict(machine)
         | {
             "launch_us": {name: float(f"{us:.3g}") for name, us in launch_us.items()},
+            "copies": {kind: round(times, 2) for kind, times in copies.items()},
             "points": [family._asdict() | {"heads_length_us": rows} for family, rows in groups.items()],
         }
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sagecompile import cost, formats
 from sagecompile.cli import calibrate, main
@@ -80,6 +81,7 @@ class TestCalibrate:
         monkeypatch.setitem(formats.PROVIDERS, "cpu", replace(row, prologues=True))
         grid = replace(GRID, head_dims=(64,), lengths=(16, 32), fused_dtypes=("float32",))
         monkeypatch.setattr(calibrate, "GRIDS", {"cpu": grid})
+        monkeypatch.setattr(calibrate, "_copies", lambda device: {"norm, interleaved": 3.0})
         assert main(["calibrate", "--device", "cpu"]) == 0
         found = {(point.heads, point.length, point.family.fused) for point in own_profile().points}
         assert found == {(h, n, fused) for h in (1, 4) for n in (16, 32) for fused in (False, True)}
@@ -87,10 +89,20 @@ class TestCalibrate:
         plain = AttentionSite("", "", "sdpa", 1, 1, 1, 32, 32, 64, 64, "float32", "cpu")
         for site in (plain, replace(plain, prologues=calibrate.FUSED)):
             found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu"), 1.05)
-            of_point = [p for p in own_profile().points if p.length == 32 and not p.family.is_causal]
-            (point,) = [p for p in of_point if p.heads == 1 and p.family.fused == bool(site.prologues)]
-            assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])
+            points = [p for p in own_profile().points if (p.length, p.heads, p.family.is_causal) == (32, 1, False)]
+            us = {p.family.fused: p.us for p in points}
+            sdpa, ours = us[False]["sdpa"], us[bool(site.prologues)][FAST]
+            if site.prologues:
+                sdpa = us[True]["sdpa"] + 2 * max(0, us[True]["sdpa"] - sdpa)
+            assert found.speedup == pytest.approx(sdpa / ours)
             assert ("with what makes q and k" in found.basis) == bool(site.prologues)
+
+    def test_inductors_kernels_for_them_are_compared_with_a_copy(self, monkeypatch):
+        monkeypatch.setattr(calibrate, "COPIED", (200, 4, 64))
+        monkeypatch.setattr(calibrate, "COPIES_OF", ((True, "interleaved"),))
+        with torch.no_grad():
+            found = calibrate._copies(torch.device("cpu"))
+        assert found.keys() == {"norm, interleaved"} and 1 < found["norm, interleaved"] < 1000
 
     def test_a_folder_that_cannot_be_used_is_named(self, monkeypatch, tmp_path, capsys):
         (tmp_path / "file").touch()

@@ -25,23 +25,26 @@ ROPE_BASE = 10000.0
 class Block(nn.Module):
     """q, k, v: (B, N, H, D) to (B, N, H * D), what the output projection takes."""
 
-    def __init__(self, head_dim: int, rope: str, is_causal: bool) -> None:
+    def __init__(self, head_dim: int, rope: str, is_causal: bool, norm: bool = True) -> None:
         super().__init__()
-        self.q_norm, self.k_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.q_norm, self.k_norm = (nn.RMSNorm(head_dim) if norm else nn.Identity() for _ in range(2))
         self.rope, self.is_causal = rope, is_causal
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
+        q, k = self.prologues(q, k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=self.is_causal)
+        return out.transpose(1, 2).flatten(2)
+
+    def prologues(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k (B, N, H, D) to what attention takes, (B, H, N, D)."""
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope == "half":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
-        else:
-            q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
-        return out.transpose(1, 2).flatten(2)
+            return tuple(rotate_halves(x.transpose(1, 2), cos, sin) for x in (q, k))  # type: ignore[return-value]
+        return tuple(rotate_pairs(x, cos, sin).transpose(1, 2) for x in (q, k))  # type: ignore[return-value]
 
 
 def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -96,8 +99,8 @@ def time_block(
 
     torch.manual_seed(0)
     block = Block(shape.head_dim, rope, shape.is_causal).to(device)
-    for norm in (block.q_norm, block.k_norm):
-        nn.init.normal_(norm.weight, 1.0, 0.1)
+    for weight in block.parameters():
+        nn.init.normal_(weight, 1.0, 0.1)
     exact = block(**arguments(torch.float32))
     ways = compile_each(block.to(q.dtype), arguments(q.dtype), reference)
     calls = {name: way.call for name, way in ways.items()}

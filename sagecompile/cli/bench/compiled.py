@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def compile_each(
     found: dict[str, Compiled] = {}
     for name, how in ways(auto_only).items():
         with or_left_out(name), recording() as reports:
-            call = _compiled(module, inputs, how)
+            call = compiled_apart(module, inputs, how)
             start = time.perf_counter()
             with fresh_cache():
                 call()
@@ -102,9 +102,9 @@ def decided(report: Report | None) -> str:
     return "; ".join(f"{count} {text}" for text, count in counted.items()) or "no attention sites found"
 
 
-def _compiled(module: torch.nn.Module, inputs: Mapping[str, Any], how: Mapping[str, Any]) -> Call:
-    """Compiled as a function of its own: Dynamo keeps what it compiled with the code object, and a call would look
-    through what it compiled for the other backends."""
+def compiled_apart(module: Callable[..., Any], inputs: Mapping[str, Any], how: Mapping[str, Any]) -> Call:
+    """Compiled, at the first call, as a function of its own: Dynamo keeps what it compiled with the code object, and a
+    call would look through what it compiled for the other backends."""
 
     def forward(**inputs: Any) -> Any:
         return module(**inputs)

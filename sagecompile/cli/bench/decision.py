@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sagecompile import backend, ops
+from sagecompile.cost import prologue_copies
 from sagecompile.cost.local import race
 from sagecompile.cost.profile import Time, fastest
 from sagecompile.decide import Decision, Use
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         require("matplotlib", "--plot")
     graph = captures_graphs(arguments, device)
+    name = available.device(str(device)).name
     decision = backend.decider(Settings(measure=arguments.measure), graph)
     with results(arguments, device) as found, torch.no_grad():
         found["cuda_graphs"] = graph
@@ -79,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         turns = TURNS[device.type]
         for turn, which in product(range(turns), range(len(sites))):
             with or_left_out(sites[which].shape):
-                raced = race(sites[which], runners[which], ops, BUDGET_S[device.type] / turns)
+                budget_s, copies = BUDGET_S[device.type] / turns, prologue_copies(sites[which], name)
+                raced = race(sites[which], runners[which], ops, budget_s, copies=copies)
                 times[which] = fastest(times[which], raced)
                 if turn == turns - 1:
                     found["rows"].append(row := judge(sites[which], decided[which], times[which], graph))
