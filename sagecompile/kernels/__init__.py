@@ -6,9 +6,11 @@ In: a provider's name. Out: its launcher. Who is there and can run what is found
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 
+@cache
 def launcher(provider: str) -> Callable[..., None]:
     """`attention(q, k, v, out, *, scale, is_causal, format)` of a provider that has kernels of its own.
 

@@ -15,7 +15,7 @@ import math
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,9 @@ from sagecompile.kernels.prologue import ROPES, Prologue
 
 from .cut import cut_rows, even
 from .runtime import Defines, Kernel, kernel
+
+if TYPE_CHECKING:
+    from sagecompile.kernels.triton.exact import Repeat
 
 FORMATS = formats.PROVIDERS["hopper"].formats
 
@@ -143,6 +146,33 @@ class _Prepared(NamedTuple):
     """The same, of the tensors that `parameters` points to."""
 
 
+class _Launch(NamedTuple):
+    """One kernel's launch, but for the addresses of the tensors."""
+
+    kernel: Kernel
+    blocks: int
+    parameters: ctypes.Structure
+    made: tuple[int, ...]
+    """The shape of what it writes for the next one: tiles, or flags."""
+
+
+class _Launches:
+    """All that `attention` does for tensors of some shapes, strides, dtypes, alignments: found out once, then repeated.
+
+    It takes the host longer to find out what to launch than to launch it.
+    """
+
+    def __init__(self, quantize: _Launch, attend: _Launch, copies: bool) -> None:
+        self.quantize, self.attend = quantize, attend
+        self.copies = copies
+        """Whether a tensor of a prologue must be copied in each call before it can be read."""
+        self.repeat_exact: Repeat | None = None
+
+
+_known: dict[tuple[Any, ...], _Launches] = {}
+_MOST_KNOWN = 4096
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -161,38 +191,91 @@ def attention(
     q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
     A prologue is applied to q or k as they are read; with one, D must be 64, 96 or 128.
     """
-    check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
-    _check_limits(q, k)
-    variant = _variant(q.shape[3], q.dtype, format)
+    facts = (*map(_facts, (q, k, v, out)), scale, is_causal, format, causal_offset)
+    facts += (_prologue_facts(q_prologue), _prologue_facts(k_prologue))
+    launches = _known.get(facts)
+    if launches is None:
+        check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
+        _check_limits(q, k)
     with torch.cuda.device_of(q):
-        q_prepared, k_prepared = _prepare(q_prologue, q, variant), _prepare(k_prologue, k, variant)
-        quantized = _quantize(k, v, k_prepared, format)
-        _attend(
-            q, k, v, quantized, out, q_prepared, k_prepared,
-            scale=scale, is_causal=is_causal, causal_offset=causal_offset, format=format, overlap=True,
-        )  # fmt: skip
+        if launches is None or launches.copies:
+            variant = _variant(q.shape[3], q.dtype, format)
+            q_prepared, k_prepared = _prepare(q_prologue, q, variant), _prepare(k_prologue, k, variant)
+            if launches is None:
+                as_is = _addresses(q_prologue), _addresses(k_prologue)
+                launches = _Launches(
+                    _quantize_launch(k, v, k_prepared, format),
+                    _attend_launch(q, k, out, q_prepared, scale, is_causal, causal_offset, format),
+                    copies=as_is != (_addresses(q_prepared.prologue), _addresses(k_prepared.prologue)),
+                )
+            q_prologue, k_prologue = q_prepared.prologue, k_prepared.prologue
+        stream = torch.cuda.current_stream(q.device.index).cuda_stream
+        q_tables, k_tables = _addresses(q_prologue), _addresses(k_prologue)
+        tiles = _quantize(launches.quantize, k, v, k_tables, stream)
+        flags = _attend(launches.attend, q, out, tiles, q_tables, stream, overlap=True)
+        if launches.repeat_exact is not None:
+            addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), flags.data_ptr()
+            launches.repeat_exact(addresses, q_tables, k_tables, stream)
+        else:
+            launches.repeat_exact = _exact(q, k, v, out, flags, scale, is_causal, causal_offset, q_prologue, k_prologue)
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[facts] = launches
+
+
+def _facts(x: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """What a launch depends on, but for the address."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+
+def _prologue_facts(x: Prologue | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.eps, x.rope, _facts(x.weight), _facts(x.cos), _facts(x.sin))
+
+
+def _addresses(prologue: Prologue | None) -> tuple[int, int, int]:
+    """Of weight, cos and sin; 0 where there is none."""
+    if prologue is None:
+        return 0, 0, 0
+    weight, cos, sin = prologue.weight, prologue.cos, prologue.sin
+    return (
+        0 if weight is None else weight.data_ptr(),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+    )
 
 
 def quantize(k: torch.Tensor, v: torch.Tensor, *, format: str) -> torch.Tensor:
     """The tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
     with torch.cuda.device_of(k):
-        return _quantize(k, v, _NOTHING, format)
+        stream = torch.cuda.current_stream(k.device.index).cuda_stream
+        return _quantize(_quantize_launch(k, v, _NOTHING, format), k, v, _addresses(None), stream)
 
 
-def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: _Prepared, format: str) -> torch.Tensor:
+def _quantize_launch(k: torch.Tensor, v: torch.Tensor, prepared: _Prepared, format: str) -> _Launch:
     _, heads, length, head_dim = k.shape
     variant = _variant(head_dim, k.dtype, format)
-    tiles = torch.empty(_tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
-    count = tiles.shape[0] * tiles.shape[1]
+    shape = _tiles_shape(k, variant)
+    count = shape[0] * shape[1]
     index = k.device.index
-    run = _quantize_kernel(variant, prepared.defines, index)
     blocks = 2 * _multiprocessors(index)
     k_blocks = min(count, round(blocks * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
-        _tensor(k, variant), _tensor(v, variant), prepared.parameters, tiles.data_ptr(),
-        heads, length, head_dim, tiles.shape[1], count, k_blocks,
+        _tensor(k, variant), _tensor(v, variant), prepared.parameters, 0,
+        heads, length, head_dim, shape[1], count, k_blocks,
     )  # fmt: skip
-    run(k_blocks + min(count, blocks - k_blocks), parameters, torch.cuda.current_stream(index).cuda_stream)
+    kernel = _quantize_kernel(variant, prepared.defines, index)
+    return _Launch(kernel, k_blocks + min(count, blocks - k_blocks), parameters, shape)
+
+
+def _quantize(
+    launch: _Launch, k: torch.Tensor, v: torch.Tensor, tables: tuple[int, int, int], stream: int
+) -> torch.Tensor:
+    tiles = torch.empty(launch.made, dtype=torch.uint8, device=k.device)
+    parameters = QuantizeParameters.from_buffer_copy(launch.parameters)
+    parameters.k.data, parameters.v.data, parameters.tiles = k.data_ptr(), v.data_ptr(), tiles.data_ptr()
+    prologue = parameters.prologue
+    prologue.weight, prologue.cos, prologue.sin = tables
+    launch.kernel(launch.blocks, parameters, stream)
     return tiles
 
 
@@ -214,49 +297,75 @@ def attend(
     if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
         raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
-        _attend(
-            q, k, v, quantized, out, _NOTHING, _NOTHING,
-            scale=scale, is_causal=is_causal, causal_offset=0, format=format, overlap=False,
-        )  # fmt: skip
+        launch = _attend_launch(q, k, out, _NOTHING, scale, is_causal, 0, format)
+        stream = torch.cuda.current_stream(q.device.index).cuda_stream
+        flags = _attend(launch, q, out, quantized, _addresses(None), stream, overlap=False)
+        _exact(q, k, v, out, flags, scale, is_causal, 0, None, None)
 
 
-def _attend(
+def _attend_launch(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
-    quantized: torch.Tensor,
     out: torch.Tensor,
-    q_prepared: _Prepared,
-    k_prepared: _Prepared,
-    *,
+    prepared: _Prepared,
     scale: float,
     is_causal: bool,
     causal_offset: int,
     format: str,
-    overlap: bool,
-) -> None:
-    """overlap: the launch just before on this stream is `quantize`, and what it does not write may be read at once."""
-    from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
-
+) -> _Launch:
     batch, heads, q_len, head_dim = q.shape
     variant = _variant(head_dim, q.dtype, format)
-    flags = torch.empty((batch * heads, -(-q_len // FLAG_ROWS)), dtype=torch.int32, device=q.device)
     index = q.device.index
     consumers, processors = variant.schedule.consumers, _multiprocessors(index)
-    ahead = min(causal_offset, k.shape[2])
     cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
     parameters = AttendParameters(
-        _tensor(q, variant), _tensor(out, variant), q_prepared.parameters, quantized.data_ptr(), flags.data_ptr(),
-        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, ahead,
-        *cut, quantized.shape[1], scale * LOG2E, 0,
+        _tensor(q, variant), _tensor(out, variant), prepared.parameters, 0, 0,
+        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, min(causal_offset, k.shape[2]),
+        *cut, _tiles_shape(k, variant)[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
-    stream = torch.cuda.current_stream(index).cuda_stream
-    run = _attend_kernel(variant, is_causal, q_prepared.defines, index)
-    run(blocks, parameters, stream, overlap=overlap)
-    recompute_flagged(
-        q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal, causal_offset=ahead,
-        q_prologue=q_prepared.prologue, k_prologue=k_prepared.prologue, overlap=True,
+    kernel = _attend_kernel(variant, is_causal, prepared.defines, index)
+    return _Launch(kernel, blocks, parameters, (batch * heads, -(-q_len // FLAG_ROWS)))
+
+
+def _attend(
+    launch: _Launch,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    tiles: torch.Tensor,
+    tables: tuple[int, int, int],
+    stream: int,
+    *,
+    overlap: bool,
+) -> torch.Tensor:
+    """The flags. overlap: the stream's launch just before is `quantize`; what it does not write may be read at once."""
+    flags = torch.empty(launch.made, dtype=torch.int32, device=q.device)
+    parameters = AttendParameters.from_buffer_copy(launch.parameters)
+    parameters.q.data, parameters.out.data = q.data_ptr(), out.data_ptr()
+    parameters.tiles, parameters.flags = tiles.data_ptr(), flags.data_ptr()
+    prologue = parameters.prologue
+    prologue.weight, prologue.cos, prologue.sin = tables
+    launch.kernel(launch.blocks, parameters, stream, overlap=overlap)
+    return flags
+
+
+def _exact(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    flags: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+    causal_offset: int,
+    q_prologue: Prologue | None,
+    k_prologue: Prologue | None,
+) -> Repeat | None:
+    from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
+
+    return recompute_flagged(
+        q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
+        causal_offset=min(causal_offset, k.shape[2]), q_prologue=q_prologue, k_prologue=k_prologue, overlap=True,
     )  # fmt: skip
 
 

@@ -5,6 +5,9 @@ Why: INT8 has no NaN and no Inf, and which head holds one is known only on the d
 so that finding none costs little more than a launch, and no sync.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +18,28 @@ from sagecompile.kernels.prologue import ROPES, Prologue
 LOG2E = 1.4426950408889634
 PROGRAMS = 512
 """At most: enough to fill a GPU where everything is flagged."""
+
+Addresses = tuple[int, ...]
+
+
+class Repeat(NamedTuple):
+    """The same launch for other tensors, alike in shape, strides, dtype, device and alignment to 16 bytes.
+
+    Without Triton's look at each argument, which takes the host longer than the launch.
+    """
+
+    run: Callable[..., None]
+    numbers: tuple[float, ...]
+    q_numbers: tuple[float, ...]
+    k_numbers: tuple[float, ...]
+    constants: tuple[int, ...]
+
+    def __call__(self, tensors: Addresses, q_tables: Addresses, k_tables: Addresses, stream: int) -> None:
+        """tensors: q, k, v, out and flags; tables: weight, cos and sin of the prologue of each, or zeros."""
+        self.run(
+            *tensors, *self.numbers, *q_tables, *self.q_numbers, *k_tables, *self.k_numbers, *self.constants,
+            stream=stream,
+        )  # fmt: skip
 
 
 def recompute_flagged(
@@ -31,7 +56,7 @@ def recompute_flagged(
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
     overlap: bool = False,
-) -> None:
+) -> Repeat | None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read,
     its weight, cos and sin with adjacent channels, cos and sin with the same strides.
 
@@ -39,6 +64,7 @@ def recompute_flagged(
     A flag makes its whole tile exact: 64 rows, or 32 in float32. Causal rows see the keys j <= i + causal_offset.
     overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
+    Returns how to do it again, on a GPU.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
@@ -47,30 +73,39 @@ def recompute_flagged(
     # float32 without TF32 runs on the ordinary cores, with operands in registers: larger tiles spill.
     rows, keys = (32, 16) if q.dtype == torch.float32 else (64, 32)
     tiles = batch * q_heads * triton.cdiv(q_len, rows)
-    q_norm, q_rope, q_arguments = _arguments(q_prologue, q)
-    k_norm, k_rope, k_arguments = _arguments(k_prologue, k)
+    q_norm, q_rope, q_tables, q_numbers = _arguments(q_prologue, q)
+    k_norm, k_rope, k_tables, k_numbers = _arguments(k_prologue, k)
+    numbers = (
+        tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, causal_offset, head_dim,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+    )  # fmt: skip
+    columns, at_once = 64 if head_dim <= 64 else 128, 32
+    constants = (
+        q_norm, q_rope, k_norm, k_rope, flag_rows, is_causal, columns, rows, keys, at_once, overlap,
+    )  # fmt: skip
+    grid = (min(tiles, PROGRAMS), 1, 1)
     with torch.cuda.device_of(q):
-        _attend_flagged[(min(tiles, PROGRAMS),)](
-            q, k, v, out, flags, tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, causal_offset,
-            head_dim, *q.stride(), *k.stride(), *v.stride(), *out.stride(), *q_arguments, *k_arguments,
-            Q_NORM=q_norm, Q_ROPE=q_rope, K_NORM=k_norm, K_ROPE=k_rope,
-            FLAG_ROWS=flag_rows, IS_CAUSAL=is_causal, COLUMNS=64 if head_dim <= 64 else 128, ROWS=rows, KEYS=keys,
-            AT_ONCE=32, OVERLAP=overlap, num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
+        compiled = _attend_flagged[grid](
+            q, k, v, out, flags, *numbers, *q_tables, *q_numbers, *k_tables, *k_numbers, *constants,
+            num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
+        return None if compiled is None else Repeat(compiled[grid], numbers, q_numbers, k_numbers, constants)
 
 
-def _arguments(prologue: Prologue | None, x: torch.Tensor) -> tuple[int, int, tuple[object, ...]]:
-    """NORM (2: with a weight), ROPE (as in `ROPES`); weight, cos, sin (x where there is none), their strides, eps."""
+def _arguments(
+    prologue: Prologue | None, x: torch.Tensor
+) -> tuple[int, int, tuple[torch.Tensor, ...], tuple[float, ...]]:
+    """NORM (2: with a weight), ROPE (as in `ROPES`); weight, cos, sin (x where there is none); cos' strides and eps."""
     prologue = prologue or Prologue()
     weight = prologue.weight if prologue.eps is not None else None
     norm = 0 if prologue.eps is None else 1 if weight is None else 2
     weight = x if weight is None else weight
     cos, sin = prologue.cos, prologue.sin
     if prologue.rope == "none" or cos is None or sin is None:
-        return norm, 0, (weight, x, x, 0, 0, prologue.eps or 0.0)
+        return norm, 0, (weight, x, x), (0, 0, prologue.eps or 0.0)
     assert cos.stride() == sin.stride() and cos.stride(-1) == 1
     stride_b, stride_n = cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
-    return norm, ROPES.index(prologue.rope), (weight, cos, sin, stride_b, stride_n, prologue.eps or 0.0)
+    return norm, ROPES.index(prologue.rope), (weight, cos, sin), (stride_b, stride_n, prologue.eps or 0.0)
 
 
 @triton.jit
