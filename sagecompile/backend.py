@@ -54,7 +54,7 @@ def sage_inductor(
     ours, inductor_options = settings.resolve(options)
     inductor = _inductor(mode, inductor_options)
     dump(gm, "before")
-    done = passes.run(gm, decider(ours, _captures_cuda_graphs(inductor)), fusing(ours))
+    done = passes.run(gm, decider(ours, _is_captured(ours, inductor)), fusing(ours))
     dump(gm, "after")
     logger.info(done.summary())
     logger.debug("\n%s", done)
@@ -67,12 +67,13 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Any:
     return torch._TorchCompileInductorWrapper(mode, _with_source_stamp(options), None)
 
 
-def _captures_cuda_graphs(inductor: Any) -> bool:
-    return bool(inductor.get_compiler_config()["triton.cudagraphs"])
+def _is_captured(ours: Settings, inductor: Any) -> bool:
+    """Whether the graph runs inside of a CUDA graph: Inductor's, or the caller's."""
+    return ours.cuda_graphs or bool(inductor.get_compiler_config()["triton.cudagraphs"])
 
 
 def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Decision]:
-    """`decide` for this machine; `cuda_graphs`: whether Inductor will capture the graph."""
+    """`decide` for this machine; `cuda_graphs`: whether the graph will be captured in one."""
 
     def decision(site: AttentionSite) -> Decision:
         fails_fused = False
@@ -117,7 +118,7 @@ def explain_with(
 ) -> Report:
     """`explain` with torch.compile's `mode` and `options` given."""
     ours, inductor_options = settings.resolve(given.get("options"))
-    decision = decider(ours, _captures_cuda_graphs(_inductor(given.get("mode"), inductor_options)))
+    decision = decider(ours, _is_captured(ours, _inductor(given.get("mode"), inductor_options)))
     found = Report(graphs=0)
 
     def look(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

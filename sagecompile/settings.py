@@ -32,6 +32,11 @@ class Settings:
     """The predicted speed-up over SDPA that `auto` asks for."""
     measure: bool = True
     """Whether `auto` measures while compiling what it has no measurement of."""
+    cuda_graphs: bool = False
+    """Whether the caller captures what torch.compile returns in a CUDA graph, where launches cost nothing.
+
+    That Inductor does (`mode="reduce-overhead"`) need not be said; to vLLM it is nothing.
+    """
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -64,9 +69,9 @@ def _parse(name: str, value: Any) -> Any:
             return float(value)
         except (TypeError, ValueError):
             raise OptionError(f"sage.min_speedup is {value!r}; it is a number such as 1.05") from None
-    if name == "measure":
+    if name in ("measure", "cuda_graphs"):
         if str(value).lower() not in SWITCH:
-            raise OptionError(f"sage.measure is {value!r}; it can be {', '.join(SWITCH)}")
+            raise OptionError(f"sage.{name} is {value!r}; it can be {', '.join(SWITCH)}")
         return SWITCH[str(value).lower()]
     return value
 

@@ -43,6 +43,7 @@ def test_formats_as_text_or_sequence(given):
         ({"sage.min_speedup": "fast"}, "'fast'; it is a number such as 1.05"),
         ({"sage.min_speedup": 0}, "a ratio above 0"),
         ({"sage.min_speedup": float("nan")}, "a ratio above 0"),
+        ({"sage.cuda_graphs": "sometimes"}, r"sage\.cuda_graphs is 'sometimes'; it can be true"),
     ],
 )
 def test_bad_options_say_what_is_possible(options, message):

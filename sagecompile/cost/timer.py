@@ -1,4 +1,4 @@
-"""The one timer: interleaved runs, so that a drift of the machine hits every alternative alike; medians or quartiles.
+"""The one timer: interleaved runs, so that a drift of the machine hits every alternative alike.
 
 In: calls by name and the device they run on. Out: for each what it takes the device, and what its launch takes the
 host, in microseconds. On a GPU the first is timed as replays of a CUDA graph, where launches cost
@@ -128,7 +128,7 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 
 def _launch_us(call: Callable[[], object]) -> float:
-    """Of the host alone, into an empty queue; the lower quartile, as what else it does only slows.
+    """Of the host alone, into an empty queue; the fastest, as what else it does only slows, by as much as three times.
 
     Not of the first two, which may compile and plan.
     """
@@ -140,7 +140,7 @@ def _launch_us(call: Callable[[], object]) -> float:
         call()
         times.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize()
-    return sorted(times[2:])[len(times[2:]) // 4]
+    return min(times[2:])
 
 
 def _no_launch_us(call: Callable[[], object]) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+import sagecompile
 from sagecompile.cli.bench.block import Block as RopeBlock
 from sagecompile.cli.bench.block import angles
 from sagecompile.cli.bench.shapes import Shape, inputs
@@ -110,6 +111,28 @@ def test_a_compared_length_becomes_a_guard(monkeypatch):
         for length in (100, 80, 50, 40, 200):
             compiled(torch.randn(2, length, 128))
     assert [len(report.used) for report in reports] == [1, 0]  # 100 compiles the one, 50 the other, the rest reuse them
+
+
+@pytest.mark.parametrize(
+    ("options", "used"), [({}, False), ({"sage.cuda_graphs": True}, True), ({"triton.cudagraphs": True}, True)], ids=str
+)
+def test_launches_count_unless_they_are_captured(monkeypatch, options, used):
+    """By Inductor, or by the caller, who says so: the launch alone takes longer than SDPA."""
+    from sagecompile import cost, formats
+    from sagecompile.cost.profile import Family, Point, Profile
+    from sagecompile.kernels import available
+
+    monkeypatch.setitem(formats.PROVIDERS, "reference", replace(formats.PROVIDERS["reference"], may_win=True))
+    name = "qk_int8_pv_fp16 reference"
+    point = Point(Family("float32", 32, True), 1, 40, {"sdpa": 9.0, name: 1.0})
+    device = available.device("cpu").name
+    monkeypatch.setattr(cost, "profiles", lambda: {device: Profile(device, "2026-01-01", (point,), {name: 100.0})})
+    model, x = Block().eval(), torch.randn(2, 40, 128)
+    with torch.no_grad(), recording() as reports:
+        compiled = torch.compile(model, backend="sage_inductor", options={"sage.measure": False, **options})
+        assert relative_error(compiled(x), model(x)) < 0.02
+        explained = sagecompile.explain(compiled, x)
+    assert [len(report.used) for report in (reports[0], explained)] == [used, used]
 
 
 def test_graph_breaks_give_one_report_each():

@@ -102,7 +102,7 @@ def time_block(
     for weight in block.parameters():
         nn.init.normal_(weight, 1.0, 0.1)
     exact = block(**arguments(torch.float32))
-    ways = compile_each(block.to(q.dtype), arguments(q.dtype), reference)
+    ways = compile_each(block.to(q.dtype), arguments(q.dtype), reference, graph=graph)
     calls = {name: way.call for name, way in ways.items()}
     measured = measure(calls, device, graph, lambda out: relative_error(out, exact), budget_s=budget_s)
     for row in rows(ways, measured):

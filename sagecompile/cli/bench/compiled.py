@@ -36,10 +36,10 @@ class Compiled:
     """Of the first call, nothing of it from Inductor's or Triton's caches."""
 
 
-def ways(auto_only: bool) -> dict[str, dict[str, Any]]:
-    """By name what torch.compile is given."""
+def ways(auto_only: bool, graph: bool = False) -> dict[str, dict[str, Any]]:
+    """By name what torch.compile is given; `graph`: what it returns is captured in a CUDA graph."""
     always = {f"always {name}": {"sage.policy": "always", "sage.formats": name} for name in FORMATS}
-    ours = ({} if auto_only else always) | {AUTO: {"sage.policy": "auto"}}
+    ours = ({} if auto_only else always) | {AUTO: {"sage.policy": "auto", "sage.cuda_graphs": graph}}
     return {
         BASELINE: {"backend": "inductor"},
         **{name: {"backend": "sage_inductor", "options": options} for name, options in ours.items()},
@@ -47,16 +47,16 @@ def ways(auto_only: bool) -> dict[str, dict[str, Any]]:
 
 
 def compile_each(
-    module: torch.nn.Module, inputs: Mapping[str, Any], reference: bool, auto_only: bool = False
+    module: torch.nn.Module, inputs: Mapping[str, Any], reference: bool, auto_only: bool = False, graph: bool = False
 ) -> dict[str, Compiled]:
-    """Those that compile, all on the same module; `reference`: also where plain torch would run a format.
+    """Those of `ways` that compile, all on the same module; `reference`: also where plain torch would run a format.
 
     What rewrites nothing under `always` is left out, it is inductor once more; `auto` that keeps everything is not.
     """
     torch._dynamo.reset()  # nothing of earlier shapes and models: neither their code nor their memory
     gc.collect()
     found: dict[str, Compiled] = {}
-    for name, how in ways(auto_only).items():
+    for name, how in ways(auto_only, graph).items():
         with or_left_out(name), recording() as reports:
             call = compiled_apart(module, inputs, how)
             start = time.perf_counter()
