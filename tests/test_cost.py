@@ -10,6 +10,7 @@ import pytest
 
 from sagecompile import cost
 from sagecompile.cost.profile import SCHEMA, SDPA, Family, Point, Profile, crossing_of, to_json
+from sagecompile.cost.prologues import PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite, Device, Prologue
@@ -157,36 +158,53 @@ class TestPredict:
             assert (found and found.sure) == known
             assert found is None or ("with 2 threads" in found.basis) == (threads == 8)
 
-    def test_of_a_fused_prologue_goes_by_what_was_measured_with_one(self, monkeypatch):
-        fused = tuple(
-            replace(p, family=FAMILY._replace(fused=True), us={SDPA: 900.0, HOPPER: 300.0}) for p in RISING.points
-        )
-        plain = tuple(replace(p, us={SDPA: 600.0, HOPPER: 300.0}) for p in RISING.points)
-        launches = {SDPA: 40.0, HOPPER: 350.0, f"{HOPPER}, fused": 450.0}
-        rotated = replace(SITE, prologues=(Prologue(rope="half", table="bfloat16"),) * 2)
-        both = Profile("GPU", "2026-01-01", plain + fused, launches)
-        for profile, site, speedup in (
-            (both, rotated, 900 / 450),
-            (both, SITE, 600 / 350),
-            (replace(both, points=plain), rotated, 600 / 350),
-        ):
-            monkeypatch.setattr(cost, "profiles", lambda profile=profile: {"GPU": profile})
-            found = cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
-            assert found.speedup == pytest.approx(speedup)
+    ROTATED = replace(SITE, prologues=(Prologue(rope="half", table="bfloat16"),) * 2)
+    COSTS = PrologueCosts(((2 << 20, 100.0), (32 << 20, 100.0)), {("half", 128): {SDPA: 3.0, HOPPER: 0.5}})
+    """A copy of q or of k takes 100 us: what fusing saves is 2 * 3 - 2 * 0.5 of it."""
 
-    @pytest.mark.parametrize(("copies", "us"), [({}, 900), ({"half": 2.0}, 1200), ({"norm, half": 2.0}, 900)])
-    def test_counts_what_inductor_takes_for_a_prologue_in_copies(self, monkeypatch, copies, us):
-        """What one copy took is known: 300 us."""
-        fused = tuple(
-            replace(p, family=FAMILY._replace(fused=True), us={SDPA: 900.0, HOPPER: 300.0}) for p in RISING.points
-        )
-        plain = tuple(replace(p, us={SDPA: 600.0, HOPPER: 300.0}) for p in RISING.points)
-        profile = Profile("GPU", "2026-01-01", plain + fused, copies=copies)
+    def predict_hopper(self, monkeypatch, site, costs=COSTS, **changes):
+        points = tuple(replace(point, us={SDPA: 400.0, HOPPER: 200.0}) for point in RISING.points)
+        profile = Profile("GPU", "2026-01-01", points, prologues=costs, **changes)
         monkeypatch.setattr(cost, "profiles", lambda: {"GPU": profile})
-        rotated = replace(SITE, prologues=(Prologue(rope="half", table="bfloat16"),) * 2)
-        for site in (rotated, replace(rotated, q_len=Symbolic(9), kv_len=Symbolic(9))):
-            found = cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
-            assert found.speedup == pytest.approx(us / 300)
+        return cost.predict(site, "qk_int8_pv_fp8", "hopper", GPU, 1.05)
+
+    @pytest.mark.parametrize(
+        ("change", "sdpa", "ours"),
+        [
+            ({}, 1000, 300),
+            ({"prologues": None}, 400, 200),
+            ({"prologues": (ROTATED.prologues[0], Prologue())}, 700, 250),
+            ({"q_len": Symbolic(9), "kv_len": Symbolic(9)}, 1000, 300),
+        ],
+        ids=["of both", "of none", "of q alone", "at any length"],
+    )
+    def test_counts_what_fusing_a_prologue_saves(self, monkeypatch, change, sdpa, ours):
+        found = self.predict_hopper(monkeypatch, replace(self.ROTATED, **change))
+        assert found.speedup == pytest.approx(sdpa / ours) and found.sure
+
+    @pytest.mark.parametrize(
+        ("costs", "prologue"),
+        [
+            (PrologueCosts(), ROTATED.prologues[0]),
+            (COSTS, Prologue(norm=True, rope="half", table="bfloat16")),
+            (replace(COSTS, copies={("half", 128): {SDPA: 3.0}}), ROTATED.prologues[0]),
+        ],
+        ids=["nothing", "of another kind", "of SDPA alone"],
+    )
+    def test_is_not_sure_of_prologues_that_were_not_measured(self, monkeypatch, costs, prologue):
+        site = replace(SITE, prologues=(prologue, prologue))
+        found = self.predict_hopper(monkeypatch, site, costs, launch_us={HOPPER: 300.0, f"{HOPPER}, fused": 350.0})
+        assert found.speedup == pytest.approx(400 / 350) and not found.sure
+        assert self.predict_hopper(monkeypatch, SITE, costs).sure
+
+    def test_knows_how_often_inductor_copies(self, monkeypatch):
+        self.predict_hopper(monkeypatch, SITE)
+        other = replace(self.ROTATED, prologues=(self.ROTATED.prologues[0], Prologue(norm=True)))
+        assert cost.prologue_copies(self.ROTATED, "GPU") == (3.0, 3.0) and cost.prologue_copies(other, "GPU") == (
+            3.0,
+            1.0,
+        )
+        assert cost.prologue_copies(other, "TPU") == cost.prologue_copies(SITE, "GPU") == (1.0, 1.0)
 
     def test_on_a_gpu_float16_takes_as_long_as_bfloat16(self):
         half = replace(SITE, dtype="float16")
@@ -219,11 +237,19 @@ def test_the_timer_turns_the_order_around_every_round(names):
     assert list(times) == list(names) and all(us > 0 for us in times.values())
 
 
+@pytest.mark.parametrize(("mib", "us"), [(0.1, 2), (1, 2), (4, 8), (2, 4), (16, 12), (64, 48)])
+def test_a_copy_takes_what_was_measured_of_others(mib, us):
+    """Straight lines in logarithms; the launch below the smallest, the bandwidth beyond the largest."""
+    costs = PrologueCosts(((1 << 20, 2.0), (4 << 20, 8.0), (16 << 20, 12.0)))
+    assert costs.copy(mib * 2**20) == pytest.approx(us)
+
+
 class TestFiles:
     def test_a_profile_reads_what_it_writes(self):
         machine = {"device": "GPU", "threads": None, "date": "2026-01-01"}
-        stored = json.loads(json.dumps(to_json(machine, RISING.points, {SDPA: 9.0}, {"half": 1.5})))
-        assert Profile.read(stored) == replace(RISING, launch_us={SDPA: 9.0}, copies={"half": 1.5})
+        costs = PrologueCosts(((1 << 20, 2.5),), {("half", 64): {SDPA: 1.5}})
+        stored = json.loads(json.dumps(to_json(machine, RISING.points, {SDPA: 9.0}, costs)))
+        assert Profile.read(stored) == replace(RISING, launch_us={SDPA: 9.0}, prologues=costs)
 
     def test_another_schema_is_refused(self):
         with pytest.raises(ValueError, match=f"schema 1: this version reads {SCHEMA}"):
@@ -244,7 +270,7 @@ class TestFiles:
         own = cost.own_profiles()
         own.mkdir(parents=True)
         machine = {"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"}
-        text = json.dumps(to_json(machine, RISING.points, {}, {}))
+        text = json.dumps(to_json(machine, RISING.points, {}, PrologueCosts()))
         (own / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         found = cost.profiles()["NVIDIA H200"]

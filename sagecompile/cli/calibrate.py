@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import product, starmap
 from typing import TYPE_CHECKING, Any
 
 from sagecompile.errors import SageCompileError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from sagecompile.cost.profile import Family, Time
+    from sagecompile.cost.prologues import PrologueCosts
     from sagecompile.site import AttentionSite
 
 HELP = "measure this device, for policy=auto"
@@ -38,8 +39,6 @@ class Grid:
     """Of all sequences."""
     lengths: tuple[int, ...]
     """Round ones, and others between them."""
-    fused_dtypes: tuple[str, ...]
-    """That are measured with a QK-norm and RoPE in front as well."""
     flops: float
     turns: int
     """How often all of it is measured. The fastest counts: what else runs on a CPU only slows, and not for long."""
@@ -56,7 +55,6 @@ GRIDS = {
             *(16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
             *(9, 23, 29, 34, 46, 50, 61, 66, 94, 125, 130, 189, 194, 253, 258, 361, 509, 514, 725, 1449, 2897),
         ),
-        fused_dtypes=(),
         flops=2e9,
         turns=4,
         budget_s=0.005,
@@ -66,7 +64,6 @@ GRIDS = {
         head_dims=(64, 96, 128),
         heads=(4, 16, 64, 256),
         lengths=(512, 725, 1024, 1449, 2048, 2897, 4096, 5793, 8192, 11585, 16384, 23170, 32768),
-        fused_dtypes=("bfloat16",),
         flops=1e13,
         turns=1,
         budget_s=0.025,
@@ -74,13 +71,18 @@ GRIDS = {
 }
 
 
-FUSED = (Prologue(norm=True, weight="bfloat16", rope="interleaved", table="float32"),) * 2
-"""The one that stands for all: it reads the largest tables."""
-COPIES_OF = tuple((norm, rope) for rope in ("half", "interleaved") for norm in (False, True))
+PROLOGUES = tuple(
+    Prologue(norm, "bfloat16" if norm else None, rope, table)
+    for rope, table in (("half", "bfloat16"), ("interleaved", "float32"))
+    for norm in (False, True)
+)
+"""Of q and of k, as Llama, Qwen, and Flux with and without its norm have them."""
+MADE = 64, 2048
+"""Heads and tokens that these are measured at: so long that they take more than their launches, so short that attention
+does not hide what they take."""
 COMPILED = 2
 """How often Inductor compiles each. The faster counts: now and then its choice among its own kernels is a bad one."""
-COPIED = 8192, 32, 128
-"""Tokens, heads, head_dim."""
+COPIED_MIB = (0.25, 1, 4, 16, 64, 256)
 HEADS = 16
 """Of one sequence at most, as models have them; more are of several."""
 LAUNCHES_EVERY = 10
@@ -107,14 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
     facts = machine(device)
     with torch.no_grad():
         measured = _measure(str(device), arguments.again)
-        copies = _copies(device) if any(site.prologues for site, _ in measured) else {}
-    if not measured:
-        raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
+        prologues = _prologues(device, measured)
     points = [
         Point(_family(site), site.batch * site.heads, site.q_len, {name: time.device for name, time in times.items()})
-        for site, times in measured
+        for site, times in measured.items()
+        if site.prologues is None
     ]
-    text = render(to_json(facts, points, _launches(measured), copies))
+    if not points:
+        raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
+    text = render(to_json(facts, points, _launches(measured), prologues))
     file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Time]]]:
-    """Every point of the device's grid that a kernel can run, with progress on stderr."""
+def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
+    """Every point of the device's grid that a kernel can run, and what it may fuse, with progress on stderr."""
     import torch
 
     from sagecompile import ops
@@ -146,42 +149,78 @@ def _measure(device: str, again: bool) -> list[tuple[AttentionSite, dict[str, Ti
         store.forget()
     grid = GRIDS[device.partition(":")[0]]
     local = measurements(device, cuda_graphs=False)
-    shapes = (
-        Shape(dtype, head_dim, is_causal, length, batch=-(-heads // HEADS), heads=min(heads, HEADS))
-        for dtype, head_dim, is_causal, heads, length in product(
-            grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths
-        )
-    )
-    plain = [shape.site(torch.device(device)) for shape in shapes if shape.flops <= grid.flops]
-    fused = [replace(site, prologues=FUSED) for site in plain if site.dtype in grid.fused_dtypes]
-    able = [(site, available.runners(site)) for site in plain + fused]
-    sites = [
-        (site, runners)
-        for site, runners in able
-        if runners and (not site.prologues or any(fuses(runner, site.head_dim) for runner in runners))
-    ]
+
+    def site(dtype: str, head_dim: int, is_causal: bool, heads: int, length: int) -> AttentionSite:
+        shape = Shape(dtype, head_dim, is_causal, length, batch=-(-heads // HEADS), heads=min(heads, HEADS))
+        return shape.site(torch.device(device))
+
+    shapes = starmap(site, product(grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths))
+    able = {one: available.runners(one) for one in shapes if one.flops <= grid.flops}
+    for dtype, head_dim in product(grid.dtypes, grid.head_dims):
+        plain = site(dtype, head_dim, False, *MADE)
+        runners = available.runners(plain)
+        if fusing := [runner for runner in runners if fuses(runner, head_dim)]:
+            able |= {plain: runners} | {replace(plain, prologues=(made, made)): fusing for made in PROLOGUES}
+    sites = [(one, runners) for one, runners in able.items() if runners]
     times: list[dict[str, Time]] = [{} for _ in sites]
-    for turn, (which, (site, runners)) in product(range(grid.turns), enumerate(sites)):
+    for turn, (which, (one, runners)) in product(range(grid.turns), enumerate(sites)):
         done = turn * len(sites) + which
         if done % 10 == 0:
             total = f"{done} of {grid.turns * len(sites)}"
             print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
-        key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(site)
+        key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
         found = store.recall(key)
         if found is None:
             try:
-                found = dict(race(site, runners, ops, grid.budget_s, launches=which % LAUNCHES_EVERY == 0))
+                launches = which % LAUNCHES_EVERY == 0 or one.prologues is not None
+                found = dict(race(one, runners, ops, grid.budget_s, launches))
             except (torch.OutOfMemoryError, MemoryError):
-                print(f"\n{site.shape} left out: no memory", file=sys.stderr)
+                print(f"\n{one.shape} left out: no memory", file=sys.stderr)
                 continue
             store.remember(key, found)
         times[which] = fastest(times[which], {name: Time(*time) for name, time in found.items()})
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
-    return [(site, measured) for (site, _), measured in zip(sites, times, strict=True) if measured]
+    return {one: measured for (one, _), measured in zip(sites, times, strict=True) if measured}
 
 
-def _copies(device: torch.device) -> dict[str, float]:
-    """By a prologue's kind, what Inductor's kernel for q and k takes, in copies of them; the least is 1."""
+def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:
+    """What was measured with prologues against the same without them."""
+    from sagecompile.cost.profile import SDPA
+    from sagecompile.cost.prologues import Making, PrologueCosts
+
+    fused = [site for site in measured if site.prologues and replace(site, prologues=None) in measured]
+    if not fused:
+        return PrologueCosts()
+    known = PrologueCosts(_copy_us(device))
+    inductor = {made.kind: _copies_by_inductor(device, made) for made in PROLOGUES}
+    copies: dict[tuple[str, int], dict[str, float]] = {}
+    for site in fused:
+        making = Making.of(site)
+        assert making is not None
+        plain = measured[replace(site, prologues=None)]
+        one = 2 * known.copy(site.batch * site.heads * site.q_len * site.head_dim * making.itemsize)
+        added = {name: time.device - plain[name].device for name, time in measured[site].items() if name != SDPA}
+        copies[making.q, site.head_dim] = {SDPA: inductor[making.q]} | {
+            name: max(0.0, us / one) for name, us in added.items()
+        }
+    return PrologueCosts(known.copy_us, copies)
+
+
+def _copy_us(device: torch.device) -> tuple[tuple[int, float], ...]:
+    """Bytes and the microseconds of their copy."""
+    import torch
+
+    from sagecompile.cost.timer import interleaved_times
+
+    found = []
+    for size in (int(mib * 2**20) for mib in COPIED_MIB):
+        call = torch.zeros(size, dtype=torch.uint8, device=device).clone
+        found.append((size, interleaved_times({"copy": call}, device.type, 0.01, launches=False)["copy"].device))
+    return tuple(found)
+
+
+def _copies_by_inductor(device: torch.device, prologue: Prologue) -> float:
+    """How many times as long as a copy of q and k Inductor's kernel takes; the least is 1."""
     import torch
     from torch._inductor.utils import fresh_cache
 
@@ -190,47 +229,52 @@ def _copies(device: torch.device) -> dict[str, float]:
     from .bench.block import Block, angles
     from .bench.compiled import compiled_apart
 
-    tokens, heads, head_dim = COPIED
-    dtype = torch.bfloat16
-    q, k = (torch.randn((1, tokens, heads, head_dim), device=device, dtype=dtype) for _ in range(2))
-    found = {}
-    for norm, rope in COPIES_OF:
-        made = Block(head_dim, rope, is_causal=False, norm=norm).to(device, dtype).prologues
-        inputs = {"q": q, "k": k} | angles(tokens, head_dim, rope, dtype, device)
-        calls: dict[str, Callable[[], object]] = {"copy": lambda: (q.clone(), k.clone())}
-        for i in range(COMPILED):
-            calls[str(i)] = compiled_apart(made, inputs, {})
-            with fresh_cache():
-                calls[str(i)]()
-        copy, *compiled = (time.device for time in interleaved_times(calls, device.type, 0.05, launches=False).values())
-        found[Prologue(norm=norm, rope=rope).kind] = max(1.0, min(compiled) / copy)
-    return found
+    heads, tokens = MADE
+    head_dim, dtype = max(GRIDS[device.type].head_dims), torch.bfloat16
+    q, k = (torch.randn((heads // HEADS, tokens, HEADS, head_dim), device=device, dtype=dtype) for _ in range(2))
+    make = Block(head_dim, prologue.rope, is_causal=False, norm=prologue.norm).to(device, dtype).prologues
+    inputs = {"q": q, "k": k} | angles(tokens, head_dim, prologue.rope, dtype, device)
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: (q.clone(), k.clone())}
+    for i in range(COMPILED):
+        calls[str(i)] = compiled_apart(make, inputs, {})
+        with fresh_cache():
+            calls[str(i)]()
+    copy, *compiled = (time.device for time in interleaved_times(calls, device.type, 0.05, launches=False).values())
+    return max(1.0, min(compiled) / copy)
 
 
 def _family(site: AttentionSite) -> Family:
     from sagecompile.cost.profile import Family
 
-    return Family(site.dtype, site.head_dim, site.is_causal, site.prologues is not None)
+    return Family(site.dtype, site.head_dim, site.is_causal)
 
 
-def _launches(measured: Iterable[tuple[AttentionSite, Mapping[str, Time]]]) -> dict[str, float]:
+def _launches(measured: Mapping[AttentionSite, Mapping[str, Time]]) -> dict[str, float]:
     """Median microseconds of the host by name, which no shape changes; nothing where there are none."""
     from sagecompile.cost.profile import launched
 
     found: dict[str, list[float]] = {}
-    for site, times in measured:
+    for site, times in measured.items():
         for name, time in times.items():
             if time.launch > 0:
-                found.setdefault(launched(name, _family(site).fused), []).append(time.launch)
+                found.setdefault(launched(name, site.prologues is not None), []).append(time.launch)
     return {name: statistics.median(us) for name, us in sorted(found.items())}
 
 
 def render(profile: dict[str, Any]) -> str:
     """JSON with one shape a line, so that a new measurement can be read as a diff."""
-    head = json.dumps({key: value for key, value in profile.items() if key != "points"}, indent=1)
-    groups, next_group = [], ",\n  "
+    parts = [f'"{key}": {json.dumps(value)}' for key, value in profile.items() if key not in ("prologues", "points")]
+    parts.append(f'"prologues": {_lines(map(json.dumps, profile["prologues"]), " ")}')
+    groups = []
     for group in profile["points"]:
         facts = json.dumps({key: value for key, value in group.items() if key != "heads_length_us"})
-        rows = ",\n   ".join(json.dumps(row) for row in group["heads_length_us"])
-        groups.append(f'{facts[:-1]}, "heads_length_us": [\n   {rows}\n  ]}}')
-    return f'{head[:-2]},\n "points": [\n  {next_group.join(groups)}\n ]\n}}\n'
+        rows = _lines(map(json.dumps, group["heads_length_us"]), "  ")
+        groups.append(f'{facts[:-1]}, "heads_length_us": {rows}}}')
+    parts.append(f'"points": {_lines(groups, " ")}')
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
+
+
+def _lines(items: Iterable[str], indent: str) -> str:
+    """A JSON list with each item on a line of its own."""
+    text = f",\n{indent} ".join(items)
+    return f"[\n{indent} {text}\n{indent}]" if text else "[]"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
+from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite, Device, Prologue
 
 from . import store
-from .profile import Family, Profile, Time, crossing_of, speedup
+from .profile import SDPA, Family, Profile, Time, crossing_of, speedup
+from .prologues import Making
 
 logger = logging.getLogger("sagecompile")
 
@@ -78,7 +79,8 @@ def profiles() -> dict[str, Profile]:
 def prologue_copies(site: AttentionSite, device_name: str) -> tuple[float, float]:
     """How many times as long as a copy Inductor's kernels for q's and k's take; 1, the least, where nobody measured."""
     profile = profiles().get(device_name)
-    q, k = (profile.copies.get(made.kind, 1.0) if profile else 1.0 for made in site.prologues or (Prologue(),) * 2)
+    known = profile.prologues.copies if profile else {}
+    q, k = (known.get((made.kind, site.head_dim), {}).get(SDPA, 1.0) for made in site.prologues or (Prologue(),) * 2)
     return q, k
 
 
@@ -96,10 +98,11 @@ def predict(
 ) -> Prediction | None:
     """The speed-up that the device's profile says, or None where it says nothing; `wanted`: what it takes to be used.
 
-    A CPU's profile holds for as many threads alone: with others it is not sure, and no crossing is known. Sizes that
-    are numbers get the times at them. Lengths that are symbols get the speed-up at the most tokens, and the
-    crossing, the shortest from which on the kernel wins by `wanted`: no length is compared here. Symbolic numbers of
-    heads are compared once, with the fewest measured.
+    A CPU's profile holds for as many threads alone: with others it is not sure, and no crossing is known. Neither is it
+    sure of prologues that were not measured, of which only the launches count. Sizes that are numbers get the times at
+    them. Lengths that are symbols get the speed-up at the most tokens, and the crossing, the shortest from which on the
+    kernel wins by `wanted`: no length is compared here. Symbolic numbers of heads are compared once, with the fewest
+    measured.
     """
     profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
@@ -113,19 +116,20 @@ def predict(
     if heads < fewest:
         return None
     heads = heads if isinstance(heads, int) else fewest
-    copies = statistics.mean(prologue_copies(site, device.name))
+    making = Making.of(site) if fuses((format, provider), site.head_dim) else None
+    known = making is None or profile.knows(making, alternative)
     alike = profile.threads in (None, device.threads)
     when = f"{device.name}{'' if alike else f' with {profile.threads} threads'}, {profile.date}"
     if isinstance(site.q_len, int) and isinstance(site.kv_len, int):
-        times = profile.times(family, alternative, heads, site.q_len, copies) if site.q_len == site.kv_len else None
+        times = profile.times(family, alternative, heads, site.q_len, making) if site.q_len == site.kv_len else None
         if times is None:
             return None
         found = speedup(times, cuda_graphs)
         sdpa, ours = (_shown(time.us(cuda_graphs)) for time in times)
-        basis = f"{ours} against {sdpa}{' with what makes q and k' if family.fused else ''}, {when}"
-        sure = alike and not wanted / NEAR < found < wanted * NEAR
+        basis = f"{ours} against {sdpa}{' with what makes q and k' if making and known else ''}, {when}"
+        sure = alike and known and not wanted / NEAR < found < wanted * NEAR
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
-    curves = profile.speedups(family, alternative, heads, cuda_graphs, copies) if alike else []
+    curves = profile.speedups(family, alternative, heads, cuda_graphs, making) if alike else []
     if not curves:
         return None
     at_most_tokens = min(curve[-1][1] for curve in curves)
@@ -136,13 +140,9 @@ def predict(
 
 
 def _families(site: AttentionSite, device: Device) -> list[Family]:
-    """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long.
-
-    Where nothing was measured with prologues, what fusing them saves is not counted.
-    """
+    """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long."""
     alike = [site.dtype, *(["bfloat16"] if (device.type, site.dtype) == ("cuda", "float16") else [])]
-    fused = [True, False] if site.prologues else [False]
-    return [Family(dtype, site.head_dim, site.is_causal, one) for one in fused for dtype in alike]
+    return [Family(dtype, site.head_dim, site.is_causal) for dtype in alike]
 
 
 def _shown(us: float) -> str:

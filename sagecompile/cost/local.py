@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,6 +35,8 @@ LONGEST = 8
 MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Bytes of q, k, v, the outputs and what prologues make."""
 BUDGET_S = 0.05
+COPY = "copy"
+"""Of q and k, among the calls of a race."""
 BUSY, TRIES, PAUSE_S = 1.25, 3, 0.2
 """Beyond this factor a CPU is not measured on; how often, and after how long, it is tried."""
 
@@ -79,11 +80,11 @@ class Local:
             return "sizes that change are not measured while compiling"
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
-        smaller = self._shrink(site, alternatives)
+        smaller = _shrink(site, alternatives)
         if smaller.flops > LONGEST * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
-        if (needed := _bytes(smaller, alternatives, self._copies(site))) > MEMORY[site.device_type]:
-            return f"{needed >> 20} MiB are too many to measure while compiling"
+        if _bytes(smaller, alternatives) > MEMORY[site.device_type]:
+            return f"{_bytes(smaller, alternatives) >> 20} MiB are too many to measure while compiling"
         return self.failures.get(_name(self.key(site)))
 
     def measure(
@@ -98,7 +99,7 @@ class Local:
         why_not = self.why_not(site, len(predicted))
         if why_not is not None:
             return why_not
-        smaller = self._shrink(site, len(predicted))
+        smaller = _shrink(site, len(predicted))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
                 times = self._race_on_an_idle_cpu(smaller, predicted, _is_calibrated(smaller, site))
@@ -137,9 +138,6 @@ class Local:
     def _copies(self, site: AttentionSite) -> tuple[float, float]:
         return prologue_copies(site, str(self.machine.get("device")))
 
-    def _shrink(self, site: AttentionSite, alternatives: int) -> AttentionSite:
-        return _shrink(site, alternatives, self._copies(site))
-
 
 def race(
     site: AttentionSite,
@@ -152,9 +150,33 @@ def race(
     """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`.
 
     Where one of them does the prologues of q and k, the others get what these make: written again by a copy. That moves
-    the bytes which Inductor's kernel for them must, so it is the least that this takes; where that takes `copies` times
-    as long, more is copied. `launches`: whether they are timed.
+    the bytes which Inductor's kernel for them must, so it is the least that this takes. `copies`: how many times as
+    long it takes for q and for k, which is then counted. `launches`: whether they are timed.
     """
+    fusing = [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
+    q, calls = _contestants(site, alternatives, fusing, ops)
+    more = _more_than_a_copy(site, copies) if fusing else 0.0
+    if more == 0.0:
+        calls.pop(COPY, None)
+    kept = _memory_at_hand(q) if site.device_type == "cpu" else None
+    here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
+    uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
+    with here, torch.autocast(site.device_type, enabled=False):
+        times = interleaved_times(calls, site.device_type, budget_s, uncaptured, launches)
+        if site.device_type == "cuda":
+            torch.cuda.empty_cache()  # what the captured graphs had for themselves goes back
+    del kept
+    copy = times.pop(COPY, Time(0.0)).device
+    fused = {" ".join(alternative) for alternative in fusing}
+    return {
+        name: time if name in fused else time._replace(device=time.device + more * copy) for name, time in times.items()
+    }
+
+
+def _contestants(
+    site: AttentionSite, alternatives: Sequence[Alternative], fusing: Sequence[Alternative], ops: Ops
+) -> tuple[torch.Tensor, dict[str, Callable[[], object]]]:
+    """q, and the calls by name; `fusing`: who does the prologues. Then COPY is what the others do in front."""
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
     scale = site.scale if site.scale is not None else site.head_dim**-0.5
@@ -170,15 +192,14 @@ def race(
     # In float32 SDPA has no fast CUDA kernel for groups: models that repeat K and V themselves get one.
     repeats = group if site.device_type == "cuda" and site.dtype == "float32" else 1
     repeated = [x.repeat_interleave(repeats, 1) for x in (k, v)] if repeats > 1 else None
-    fusing = [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
     q_prologue, k_prologue = site.prologues if site.prologues and fusing else (Prologue(), Prologue())
     fused = _fused_arguments(site, q_prologue, k_prologue, generator) if fusing else {}
 
-    make_q = _maker(q, copies[0] if q_prologue != Prologue() else 0.0)
-    make_k = _maker(k, copies[1] if k_prologue != Prologue() else 0.0)
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
+        return q if q_prologue == Prologue() else q.clone(), k if k_prologue == Prologue() else k.clone()
 
     def sdpa() -> torch.Tensor:
-        their_q, their_k, their_v = make_q(), make_k(), v
+        (their_q, their_k), their_v = made(), v
         if repeated:
             their_k, their_v = repeated
         how = {"is_causal": site.is_causal, "scale": scale, "enable_gqa": group > repeats}
@@ -189,29 +210,19 @@ def race(
         how |= {"format": format, "provider": provider}
         if (format, provider) in fusing:
             return ops.qk_norm_rope_attention(q, k, v, **fused, **how)  # type: ignore[no-any-return]
-        return ops.attention(make_q(), make_k(), v, **how)  # type: ignore[no-any-return]
+        return ops.attention(*made(), v, **how)  # type: ignore[no-any-return]
 
     calls: dict[str, Callable[[], object]] = {SDPA: sdpa}
     calls |= {" ".join(alternative): partial(ours, *alternative) for alternative in alternatives}
-    kept = _memory_at_hand(q) if site.device_type == "cpu" else None
-    here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
-    uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
-    with here, torch.autocast(site.device_type, enabled=False):
-        times = interleaved_times(calls, site.device_type, budget_s, uncaptured, launches)
-        if site.device_type == "cuda":
-            torch.cuda.empty_cache()  # what the captured graphs had for themselves goes back
-    del kept
-    return times
+    return q, calls | ({COPY: made} if fusing else {})
 
 
-def _maker(x: torch.Tensor, copies: float) -> Callable[[], torch.Tensor]:
-    """Of x (B, H, N, D), in memory (B, N, H, D), written anew with so many times as many bytes; of x itself with 0."""
-    if copies == 0:
-        return lambda: x
-    size, tokens_first = x.numel(), x.transpose(1, 2)
-    memory = x.new_zeros(math.ceil(copies * size))
-    memory[:size] = tokens_first.reshape(-1)
-    return lambda: memory.clone()[:size].view(tokens_first.shape).transpose(1, 2)
+def _more_than_a_copy(site: AttentionSite, copies: tuple[float, float]) -> float:
+    """How many copies of what its prologues make are left when one was timed."""
+    assert site.prologues is not None
+    sizes = site.heads * site.q_len, site.kv_heads * site.kv_len
+    made = [size if prologue != Prologue() else 0 for size, prologue in zip(sizes, site.prologues, strict=True)]
+    return sum(size * (count - 1) for size, count in zip(made, copies, strict=True)) / sum(made)
 
 
 def _memory_at_hand(like: torch.Tensor) -> torch.Tensor:
@@ -276,20 +287,19 @@ def _has_fixed_sizes(site: AttentionSite) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _bytes(site: AttentionSite, alternatives: int, copies: tuple[float, float]) -> int:
+def _bytes(site: AttentionSite, alternatives: int) -> int:
     size = 4 if site.dtype == "float32" else 2
     queries, keys = site.heads * site.q_len, site.kv_heads * site.kv_len
-    q_made, k_made = (2 * times if site.prologues else 0.0 for times in copies)
-    return int(site.batch * site.head_dim * size * ((2 + alternatives + q_made) * queries + (2 + k_made) * keys))
+    made = bool(site.prologues)
+    return int(site.batch * site.head_dim * size * ((2 + alternatives + made) * queries + (2 + made) * keys))
 
 
-def _shrink(site: AttentionSite, alternatives: int, copies: tuple[float, float]) -> AttentionSite:
+def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:
     """With as many KV heads and sequences as FLOPS and MEMORY allow, LEAST_HEADS at the least; groups stay whole."""
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
     least = -(-LEAST_HEADS[site.device_type] // group)
-    bytes_share = MEMORY[site.device_type] / _bytes(site, alternatives, copies)
-    share = min(FLOPS[site.device_type] / site.flops, bytes_share)
+    share = min(FLOPS[site.device_type] / site.flops, MEMORY[site.device_type] / _bytes(site, alternatives))
     groups = min(all_groups, max(least, int(all_groups * share)))
     kv_heads = min(groups, site.kv_heads)
     return replace(site, batch=max(1, groups // kv_heads), kv_heads=kv_heads, heads=kv_heads * group)

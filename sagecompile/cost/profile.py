@@ -1,10 +1,8 @@
 """A device's profile: how long SDPA and its alternatives took on a grid of shapes, and what that says in between.
 
-In: points, each the device's times at one dtype, head dim, causality, number of heads and length, with q and k as they
-are or still to be normed and rotated, and what a launch costs the host. Out: times at any shape that the grid encloses,
-and the length from which on an alternative wins.
-In front of SDPA norm and rotation are measured as a copy of q and k, and counted as many times as Inductor's kernel for
-them takes longer than a copy.
+In: points, each the device's times at one dtype, head dim, causality, number of heads and length; what prologues add to
+them (prologues.py); what a launch costs the host. Out: times at any shape that the grid encloses, and the length from
+which on an alternative wins.
 Between points times are powers of the length and of the heads, straight lines in logarithms; lengths that are multiples
 of ROUND have lines of their own, because many kernels are faster there. Beyond the longest length and the most heads
 the last ratio holds, as all processors are at work by then; below the shortest and the fewest nothing is said. Where
@@ -20,7 +18,9 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
-SCHEMA = 5
+from .prologues import Making, PrologueCosts
+
+SCHEMA = 6
 SDPA, SHIPPED = "sdpa", "shipped"
 ROUND = 16
 
@@ -34,8 +34,6 @@ class Family(NamedTuple):
     dtype: str
     head_dim: int
     is_causal: bool
-    fused: bool = False
-    """Whether q and k were made by prologues: by the alternative's own kernels, in front of SDPA by a copy."""
 
 
 class Time(NamedTuple):
@@ -93,8 +91,7 @@ class Profile:
     points: tuple[Point, ...]
     launch_us: Mapping[str, float] = field(default_factory=dict)
     """Of the host at any shape, by the same names, `launched` where prologues are fused; none on a CPU."""
-    copies: Mapping[str, float] = field(default_factory=dict)
-    """By the `kind` of a prologue, how many times as long as a copy Inductor's kernel for it takes."""
+    prologues: PrologueCosts = field(default_factory=PrologueCosts)
     threads: int | None = None
     """Of a CPU."""
     source: str = SHIPPED
@@ -116,7 +113,7 @@ class Profile:
             for heads, length, us in group["heads_length_us"]
         )
         return cls(
-            stored["device"], stored["date"], points, dict(stored["launch_us"]), dict(stored["copies"]),
+            stored["device"], stored["date"], points, dict(stored["launch_us"]), PrologueCosts.read(stored),
             stored["threads"], source,
         )  # fmt: skip
 
@@ -140,23 +137,29 @@ class Profile:
         return min(self._of(family, alternative, True), default=None)
 
     def times(
-        self, family: Family, alternative: str, heads: int, length: float, copies: float = 1.0
+        self, family: Family, alternative: str, heads: int, length: float, making: Making | None = None
     ) -> tuple[Time, Time] | None:
-        """Of SDPA and of the alternative, or None outside of what was measured; `copies` in front of SDPA, if fused."""
-        found, plain = (
-            self._device_us(self._of(one, alternative, length % ROUND == 0), heads, length)
-            for one in (family, family._replace(fused=False))
-        )
+        """Of SDPA and of the alternative, or None outside of what was measured.
+
+        `making`: what the alternative fuses, and Inductor does in front of SDPA. What that takes is counted if it is
+        known of both, else only the launches are.
+        """
+        found = self._device_us(self._of(family, alternative, length % ROUND == 0), heads, length)
         if found is None:
             return None
-        sdpa, other = found
-        more = (copies - 1) * max(0.0, sdpa - plain[0]) if family.fused and plain is not None else 0.0
-        return self._with_launches((sdpa + more, other), family, alternative)
+        names = SDPA, alternative
+        added = [0.0, 0.0]
+        if making is not None and self.knows(making, alternative):
+            added = [self.prologues.added_us(making, name, heads, length) for name in names]
+        launches = [
+            self.launch_us.get(launched(name, making is not None), self.launch_us.get(name, 0.0)) for name in names
+        ]
+        sdpa, other = (Time(*time) for time in zip(map(sum, zip(found, added, strict=True)), launches, strict=True))
+        return sdpa, other
 
-    def _with_launches(self, device_us: tuple[float, float], family: Family, alternative: str) -> tuple[Time, Time]:
-        names = [(launched(name, family.fused), name) for name in (SDPA, alternative)]
-        sdpa, other = (self.launch_us.get(own, self.launch_us.get(plain, 0.0)) for own, plain in names)
-        return Time(device_us[0], sdpa), Time(device_us[1], other)
+    def knows(self, making: Making, alternative: str) -> bool:
+        """Whether what these prologues add was measured, in front of SDPA and in the alternative."""
+        return self.prologues.know(making, SDPA) and self.prologues.know(making, alternative)
 
     @staticmethod
     def _device_us(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:
@@ -175,14 +178,14 @@ class Profile:
         )
 
     def speedups(
-        self, family: Family, alternative: str, heads: int, cuda_graphs: bool, copies: float = 1.0
+        self, family: Family, alternative: str, heads: int, cuda_graphs: bool, making: Making | None = None
     ) -> list[Curve]:
         """Over SDPA at the measured lengths: a curve of the round ones and one of the others, each if it is known."""
         curves = []
         for is_round in (True, False):
             lines = self._lines.get((family, alternative, is_round), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
-            found = [(length, self.times(family, alternative, heads, length, copies)) for length in lengths]
+            found = [(length, self.times(family, alternative, heads, length, making)) for length in lengths]
             curves.append([(length, speedup(times, cuda_graphs)) for length, times in found if times is not None])
         return [curve for curve in curves if curve]
 
@@ -229,7 +232,7 @@ def _line(points: Sequence[Point], alternative: str) -> Line:
 
 
 def to_json(
-    machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapping[str, float], copies: Mapping[str, float]
+    machine: Mapping[str, Any], points: Iterable[Point], launch_us: Mapping[str, float], prologues: PrologueCosts
 ) -> dict[str, Any]:
     """What `Profile.read` reads; `machine`: device, threads, date, versions."""
     groups: dict[Family, list[Any]] = {}
@@ -241,7 +244,7 @@ def to_json(
         | dict(machine)
         | {
             "launch_us": {name: float(f"{us:.3g}") for name, us in launch_us.items()},
-            "copies": {kind: round(times, 2) for kind, times in copies.items()},
+            **prologues.to_json(),
             "points": [family._asdict() | {"heads_length_us": rows} for family, rows in groups.items()],
         }
     )

@@ -19,7 +19,7 @@ from sagecompile.decide import Keep, Use
 from sagecompile.kernels import available
 from sagecompile.site import AttentionSite
 
-GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), (), 4 * 4 * 32 * 32 * 32, turns=2, budget_s=0.01)
+GRID = calibrate.Grid(("float32",), (32,), (1, 4), (16, 32, 64), 4 * 4 * 32 * 32 * 32, turns=2, budget_s=0.01)
 FAST = "qk_int8_pv_fp16 cpu"
 
 
@@ -77,32 +77,41 @@ class TestCalibrate:
         assert Profile.read(json.loads(capsys.readouterr().out)) == own_profile()
 
     def test_kernels_that_do_prologues_are_measured_with_them_too(self, monkeypatch):
+        """A copy takes a second, so that nothing else counts."""
         row = formats.PROVIDERS["cpu"]
         monkeypatch.setitem(formats.PROVIDERS, "cpu", replace(row, prologues=True))
-        grid = replace(GRID, head_dims=(64,), lengths=(16, 32), fused_dtypes=("float32",))
-        monkeypatch.setattr(calibrate, "GRIDS", {"cpu": grid})
-        monkeypatch.setattr(calibrate, "_copies", lambda device: {"norm, interleaved": 3.0})
+        monkeypatch.setattr(calibrate, "GRIDS", {"cpu": replace(GRID, head_dims=(64,), lengths=(16, 32))})
+        monkeypatch.setattr(calibrate, "MADE", (4, 32))
+        monkeypatch.setattr(calibrate, "_copies_by_inductor", lambda device, made: 3.0)
+        monkeypatch.setattr(calibrate, "_copy_us", lambda device: ((1, 1e6),))
         assert main(["calibrate", "--device", "cpu"]) == 0
-        found = {(point.heads, point.length, point.family.fused) for point in own_profile().points}
-        assert found == {(h, n, fused) for h in (1, 4) for n in (16, 32) for fused in (False, True)}
+        costs = own_profile().prologues
+        assert {kind for kind, _ in costs.copies} == {"half", "norm, half", "interleaved", "norm, interleaved"}
+        for name in costs.copies.values():
+            assert name == {"sdpa": 3.0, FAST: pytest.approx(0, abs=0.01)}
+        assert {(point.heads, point.length) for point in own_profile().points} == {
+            (1, 16),
+            (1, 32),
+            (4, 16),
+            (4, 32),
+        }, "one not of the grid"
         cost.profiles.cache_clear()
-        plain = AttentionSite("", "", "sdpa", 1, 1, 1, 32, 32, 64, 64, "float32", "cpu")
-        for site in (plain, replace(plain, prologues=calibrate.FUSED)):
-            found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu"), 1.05)
-            points = [p for p in own_profile().points if (p.length, p.heads, p.family.is_causal) == (32, 1, False)]
-            us = {p.family.fused: p.us for p in points}
-            sdpa, ours = us[False]["sdpa"], us[bool(site.prologues)][FAST]
-            if site.prologues:
-                sdpa = us[True]["sdpa"] + 2 * max(0, us[True]["sdpa"] - sdpa)
-            assert found.speedup == pytest.approx(sdpa / ours)
-            assert ("with what makes q and k" in found.basis) == bool(site.prologues)
+        site = AttentionSite("", "", "sdpa", 1, 4, 4, 32, 32, 64, 64, "float32", "cpu")
+        site = replace(site, prologues=(calibrate.PROLOGUES[1],) * 2)
+        found = cost.predict(site, "qk_int8_pv_fp16", "cpu", available.device("cpu"), 1.05)
+        assert "with what makes q and k" in found.basis and "against 1.97e+08 ms" in found.basis
 
-    def test_inductors_kernels_for_them_are_compared_with_a_copy(self, monkeypatch):
-        monkeypatch.setattr(calibrate, "COPIED", (200, 4, 64))
-        monkeypatch.setattr(calibrate, "COPIES_OF", ((True, "interleaved"),))
+    @pytest.mark.parametrize("made", calibrate.PROLOGUES[1:3], ids=lambda made: made.kind)
+    def test_inductors_kernels_for_them_are_compared_with_a_copy(self, monkeypatch, made):
+        monkeypatch.setattr(calibrate, "MADE", (16, 50))
+        monkeypatch.setattr(calibrate, "COMPILED", 1)
         with torch.no_grad():
-            found = calibrate._copies(torch.device("cpu"))
-        assert found.keys() == {"norm, interleaved"} and 1 < found["norm, interleaved"] < 1000
+            assert 1 < calibrate._copies_by_inductor(torch.device("cpu"), made) < 1000
+
+    def test_copies_are_timed_by_their_bytes(self):
+        found = calibrate._copy_us(torch.device("cpu"))
+        assert [size / 2**20 for size, _ in found] == list(calibrate.COPIED_MIB)
+        assert 0 < found[0][1] < found[-1][1]
 
     def test_a_folder_that_cannot_be_used_is_named(self, monkeypatch, tmp_path, capsys):
         (tmp_path / "file").touch()

@@ -26,7 +26,7 @@ from sagecompile.kernels import available
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Prologue
 
-from ..calibrate import FUSED
+from ..calibrate import PROLOGUES
 from .measure import or_left_out
 from .session import captures_graphs, device_of, require, results
 from .shapes import Shape
@@ -52,14 +52,20 @@ class Shapes:
     lengths: tuple[int, int]
     flops: float
     """Of a call at most, which keeps a run to a minute or two."""
-    prologues: tuple[tuple[Prologue, Prologue] | None, ...] = (None,)
+    prologues: tuple[Prologue | None, ...] = (None,)
+    """Of q and k alike."""
 
 
-LLAMA = (Prologue(rope="half", table="bfloat16"),) * 2
 DRAWN = {
     "cpu": Shapes(("float32", "bfloat16"), (32, 64, 96, 128), (1, 8), (2, 4, 8, 12, 16), (17, 4000), 3e10),
     "cuda": Shapes(
-        ("bfloat16", "float16"), (64, 96, 128), (1, 32), (8, 12, 16, 24, 32), (100, 40000), 4e13, (None, LLAMA, FUSED)
+        ("bfloat16", "float16"),
+        (64, 96, 128),
+        (1, 32),
+        (8, 12, 16, 24, 32),
+        (100, 40000),
+        1e13,
+        (None, None, *PROLOGUES),
     ),
 }
 
@@ -105,9 +111,9 @@ def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
         batch = round(drawn.batches[0] * (drawn.batches[1] / drawn.batches[0]) ** numbers.random())
         dtype, is_causal = numbers.choice(drawn.dtypes), numbers.random() < 0.5
         shape = Shape(dtype, head_dim, is_causal, length, batch, heads)
-        prologues = numbers.choice(drawn.prologues)
+        made = numbers.choice(drawn.prologues)
         if shape.flops <= drawn.flops:
-            yield replace(shape.site(torch.device(device)), prologues=prologues)
+            yield replace(shape.site(torch.device(device)), prologues=made and (made, made))
             count -= 1
 
 
@@ -122,7 +128,7 @@ def judge(site: AttentionSite, decision: Decision, raced: Mapping[str, Time], cu
         "shape": site.shape,
         "dtype": site.dtype,
         "is_causal": site.is_causal,
-        "prologue": site.prologue,
+        "prologue": site.prologues[0].kind if site.prologues else "",
         "us": times,
         "chosen": chosen,
         "best": best,
