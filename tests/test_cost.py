@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sagecompile import cost
+from sagecompile.cost import timer
 from sagecompile.cost.profile import SCHEMA, SDPA, Family, Point, Profile, crossing_of, to_json
 from sagecompile.cost.prologues import PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
@@ -235,6 +238,22 @@ def test_the_timer_turns_the_order_around_every_round(names):
     backwards = names[::-1]
     assert "".join(ran[WARM_UPS * len(names) :]) == names + backwards + names + backwards
     assert list(times) == list(names) and all(us > 0 for us in times.values())
+
+
+def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
+    """Not the first two of each, which compile; one of the others is quick now and then."""
+    ran = []
+
+    def call(name, seconds):
+        time.sleep(seconds[len([one for one in ran if one == name]) % len(seconds)])
+        ran.append(name)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("|"))
+    calls = {"a": lambda: call("a", [0, 0.003, 0.003]), "b": lambda: call("b", [0.003, 0.003, 0.001])}
+    found = timer._launches_us(calls)
+    rounds = "".join(ran).removesuffix("|").split("|")[1:]
+    assert rounds == ["a", "b"] * (len(rounds) // 2) and timer.LEAST_LAUNCHES <= len(rounds) // 2 <= timer.MOST_LAUNCHES
+    assert found["a"] < 1000 <= found["b"] < 2500
 
 
 @pytest.mark.parametrize(("mib", "us"), [(0.1, 2), (1, 2), (4, 8), (2, 4), (16, 12), (64, 48)])

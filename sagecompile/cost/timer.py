@@ -21,8 +21,8 @@ from .profile import Time
 WARM_UPS = 3
 REPLAY_US, MOST_CALLS = 1000.0, 64
 """A graph holds as many calls in a row as take about this long, at most that many: its launch is shared by them."""
-LAUNCHES, LAUNCHES_S = 17, 0.02
-"""That a launch is timed at the most, and about for how long."""
+LEAST_LAUNCHES, MOST_LAUNCHES, LAUNCHES_S = 10, 17, 0.02
+"""How often a launch is timed, and about for how long."""
 
 
 def interleaved_times(
@@ -40,7 +40,7 @@ def interleaved_times(
     if device_type != "cuda":
         runs = _interleaved_us(calls, device_type, budget_s, least_runs=3, warm_ups=1)
         return {name: Time(sorted(us)[len(us) // 4]) for name, us in runs.items()}
-    hosts = {name: _launch_us(call) if launches else _no_launch_us(call) for name, call in calls.items()}
+    hosts = _launches_us(calls) if launches else _without_launches(calls)
     found = {name: Replays(call, 1, None) if name in uncaptured else replayed(call) for name, call in calls.items()}
     replays = {name: replayed.run for name, replayed in found.items()}
     times = interleaved_median_us(replays, device_type, budget_s, least_runs=3, warm_ups=1)
@@ -127,27 +127,30 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _launch_us(call: Callable[[], object]) -> float:
-    """Of the host alone, into an empty queue; the fastest, as what else it does only slows, by as much as three times.
+def _launches_us(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Of the host alone, each into an empty queue, in turn; the fastest, as what else it does only slows.
 
-    Not of the first two, which may compile and plan.
+    Not of the first two rounds, which may compile and plan.
     """
-    times: list[float] = []
-    end = time.perf_counter() + LAUNCHES_S
-    while len(times) < 10 or (len(times) < LAUNCHES and time.perf_counter() < end):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end, rounds = time.perf_counter() + LAUNCHES_S * len(calls), 0
+    while rounds < LEAST_LAUNCHES or (rounds < MOST_LAUNCHES and time.perf_counter() < end):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e6)
+        rounds += 1
     torch.cuda.synchronize()
-    return min(times[2:])
+    return {name: min(us[2:]) for name, us in times.items()}
 
 
-def _no_launch_us(call: Callable[[], object]) -> float:
+def _without_launches(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Only what must have happened before a capture."""
-    for _ in range(2):
-        call()
-    return 0.0
+    for call in calls.values():
+        for _ in range(2):
+            call()
+    return dict.fromkeys(calls, 0.0)
 
 
 def _one_run_us(call: Callable[[], object], device_type: str) -> float:
