@@ -172,8 +172,11 @@ def _speedup(use: Use) -> float:
 
 
 def _wins(use: Use, settings: Settings) -> bool:
-    noise = NOISE if use.prediction and use.prediction.measured else 1.0
-    return _speedup(use) * noise >= settings.min_speedup
+    """A measured loss wins nothing, however little of it there is."""
+    wanted = settings.min_speedup
+    if use.prediction and use.prediction.measured:
+        wanted = max(wanted / NOISE, min(wanted, 1.0))
+    return _speedup(use) >= wanted
 
 
 def _unsure(contenders: list[Use]) -> list[Use]:
