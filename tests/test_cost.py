@@ -12,8 +12,8 @@ import torch
 
 from sagecompile import cost
 from sagecompile.cost import timer
-from sagecompile.cost.profile import SCHEMA, SDPA, Family, Point, Profile, crossing_of, to_json
-from sagecompile.cost.prologues import PrologueCosts
+from sagecompile.cost.profile import SCHEMA, Family, Point, Profile, crossing_of, to_json
+from sagecompile.cost.prologues import SDPA, Making, PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.site import AttentionSite, Device, Prologue
@@ -162,8 +162,14 @@ class TestPredict:
             assert found is None or ("with 2 threads" in found.basis) == (threads == 8)
 
     ROTATED = replace(SITE, prologues=(Prologue(rope="half", table="bfloat16"),) * 2)
-    COSTS = PrologueCosts(((2 << 20, 100.0), (32 << 20, 100.0)), {("half", 128): {SDPA: 3.0, HOPPER: 0.5}})
-    """A copy of q or of k takes 100 us: what fusing saves is 2 * 3 - 2 * 0.5 of it."""
+    COSTS = PrologueCosts(
+        {
+            ("half", 128): {
+                name: ((1, us), (1 << 40, us)) for name, us in ((SDPA, 600.0), (HOPPER, 100.0), ("copy", 200.0))
+            }
+        }
+    )
+    """At any size."""
 
     def predict_hopper(self, monkeypatch, site, costs=COSTS, **changes):
         points = tuple(replace(point, us={SDPA: 400.0, HOPPER: 200.0}) for point in RISING.points)
@@ -190,24 +196,33 @@ class TestPredict:
         [
             (PrologueCosts(), ROTATED.prologues[0]),
             (COSTS, Prologue(norm=True, rope="half", table="bfloat16")),
-            (replace(COSTS, copies={("half", 128): {SDPA: 3.0}}), ROTATED.prologues[0]),
+            (PrologueCosts({("half", 128): {SDPA: ((1, 600.0),)}}), ROTATED.prologues[0]),
         ],
         ids=["nothing", "of another kind", "of SDPA alone"],
     )
-    def test_is_not_sure_of_prologues_that_were_not_measured(self, monkeypatch, costs, prologue):
-        site = replace(SITE, prologues=(prologue, prologue))
+    @pytest.mark.parametrize("length", [2048, Symbolic(9)], ids=["known", "symbolic"])
+    def test_is_not_sure_of_prologues_that_were_not_measured(self, monkeypatch, costs, prologue, length):
+        site = replace(SITE, prologues=(prologue, prologue), q_len=length, kv_len=length)
         found = self.predict_hopper(monkeypatch, site, costs, launch_us={HOPPER: 300.0, f"{HOPPER}, fused": 350.0})
         assert found.speedup == pytest.approx(400 / 350) and not found.sure
-        assert self.predict_hopper(monkeypatch, SITE, costs).sure
+        assert self.predict_hopper(monkeypatch, replace(site, prologues=None), costs).sure
 
-    def test_knows_how_often_inductor_copies(self, monkeypatch):
-        self.predict_hopper(monkeypatch, SITE)
-        other = replace(self.ROTATED, prologues=(self.ROTATED.prologues[0], Prologue(norm=True)))
-        assert cost.prologue_copies(self.ROTATED, "GPU") == (3.0, 3.0) and cost.prologue_copies(other, "GPU") == (
-            3.0,
-            1.0,
-        )
-        assert cost.prologue_copies(other, "TPU") == cost.prologue_copies(SITE, "GPU") == (1.0, 1.0)
+    @pytest.mark.parametrize(
+        ("change", "us"),
+        [
+            ({}, 400),
+            ({"prologues": (ROTATED.prologues[0], Prologue())}, 200),
+            ({"prologues": None}, 0),
+            ({"prologues": (Prologue(norm=True),) * 2}, 0),
+            ({"dtype": "float32"}, 0),
+        ],
+        ids=["of both", "of q alone", "of none", "of another kind", "in 32 bits"],
+    )
+    def test_knows_what_inductor_takes_beyond_a_copy(self, monkeypatch, change, us):
+        site = replace(self.ROTATED, **change)
+        self.predict_hopper(monkeypatch, site)
+        assert cost.beyond_a_copy_us(site, 16, "GPU") == pytest.approx(us)
+        assert cost.beyond_a_copy_us(site, 16, "TPU") == 0
 
     def test_on_a_gpu_float16_takes_as_long_as_bfloat16(self):
         half = replace(SITE, dtype="float16")
@@ -241,32 +256,34 @@ def test_the_timer_turns_the_order_around_every_round(names):
 
 
 def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
-    """Not the first two of each, which compile; one of the others is quick now and then."""
+    """Not the first two of each, which may plan."""
     ran = []
 
     def call(name, seconds):
-        time.sleep(seconds[len([one for one in ran if one == name]) % len(seconds)])
+        done = ran.count(name)
+        time.sleep(seconds[min(done, 2)] if name == "a" else seconds[done % 3])
         ran.append(name)
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("|"))
-    calls = {"a": lambda: call("a", [0, 0.003, 0.003]), "b": lambda: call("b", [0.003, 0.003, 0.001])}
+    calls = {"a": lambda: call("a", [0, 0, 0.003]), "b": lambda: call("b", [0.003, 0.003, 0.001])}
     found = timer._launches_us(calls)
     rounds = "".join(ran).removesuffix("|").split("|")[1:]
     assert rounds == ["a", "b"] * (len(rounds) // 2) and timer.LEAST_LAUNCHES <= len(rounds) // 2 <= timer.MOST_LAUNCHES
-    assert found["a"] < 1000 <= found["b"] < 2500
+    assert found["a"] >= 3000 > found["b"] >= 1000
 
 
-@pytest.mark.parametrize(("mib", "us"), [(0.1, 2), (1, 2), (4, 8), (2, 4), (16, 12), (64, 48)])
-def test_a_copy_takes_what_was_measured_of_others(mib, us):
-    """Straight lines in logarithms; the launch below the smallest, the bandwidth beyond the largest."""
-    costs = PrologueCosts(((1 << 20, 2.0), (4 << 20, 8.0), (16 << 20, 12.0)))
-    assert costs.copy(mib * 2**20) == pytest.approx(us)
+@pytest.mark.parametrize(("heads", "kv_share", "us"), [(1, 1, 2), (8, 1, 8), (4, 1, 4), (64, 1, 48), (8, 0.25, 5)])
+def test_prologues_take_what_was_measured_at_other_sizes(heads, kv_share, us):
+    """Straight lines in logarithms; the launch below the smallest, the bandwidth beyond the largest; k by its heads."""
+    costs = PrologueCosts({("half", 64): {SDPA: ((2000, 2.0), (8000, 8.0), (16000, 12.0))}})
+    making = Making("half", "half", 64, kv_share, is_wide=False)
+    assert costs.added(making, SDPA, heads, 1000) == pytest.approx(us)
 
 
 class TestFiles:
     def test_a_profile_reads_what_it_writes(self):
         machine = {"device": "GPU", "threads": None, "date": "2026-01-01"}
-        costs = PrologueCosts(((1 << 20, 2.5),), {("half", 64): {SDPA: 1.5}})
+        costs = PrologueCosts({("half", 64): {SDPA: ((1024, 1.5), (2048, 3.0))}})
         stored = json.loads(json.dumps(to_json(machine, RISING.points, {SDPA: 9.0}, costs)))
         assert Profile.read(stored) == replace(RISING, launch_us={SDPA: 9.0}, prologues=costs)
 

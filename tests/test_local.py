@@ -46,7 +46,7 @@ def races(monkeypatch):
     """The races that were run; each has TIMES."""
     run = []
 
-    def race(site, alternatives, ops, copies):
+    def race(site, alternatives, ops):
         run.append((site, tuple(alternatives)))
         return {"sdpa": TIMES["sdpa"]} | {" ".join(alternative): TIMES[alternative] for alternative in alternatives}
 
@@ -148,7 +148,7 @@ class TestBusyCpu:
 
     def test_that_comes_to_rest_is_measured(self, races, monkeypatch):
         race, slowed = local.race, [{"sdpa": Time(500.0)}, {}]
-        monkeypatch.setattr(local, "race", lambda *args, **how: race(*args, **how) | slowed.pop(0))
+        monkeypatch.setattr(local, "race", lambda *args: race(*args) | slowed.pop(0))
         assert machine().measure(self.SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == 3.0 and len(races) == 2
 
     def test_without_a_profile_of_its_own_is_believed(self, races):
@@ -214,38 +214,20 @@ class TestPrologues:
         assert len(plain) == len(fused) and all(x.data_ptr() not in memory for q, k, _ in plain for x in (q, k))
         assert all(torch.equal(plain[0][i], fused[0][i]) for i in range(3))
 
-    def test_count_as_the_copies_that_inductors_own_kernel_takes(self, seen, monkeypatch):
-        """q's two, k's one: with half of the heads, so 2/3 of both more; only in front of those who read the result."""
-        _, recorded = seen
-        names = ["sdpa", "qk_int8_pv_fp16 reference", " ".join(ACCURATE)]
+    @pytest.mark.parametrize(("heads", "more"), [(4, 200.0), (400, 0.0)], ids=["as raced", "of others"])
+    def test_count_in_front_of_sdpa_as_long_as_inductor_takes(self, monkeypatch, heads, more):
+        """What it takes beyond the copies of the race, by the profile, at as many heads as were raced."""
+        monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
         monkeypatch.setattr(
             local,
-            "interleaved_times",
-            lambda calls, *_: {name: Time(60.0 if name == "copy" else 100.0) for name in calls},
+            "beyond_a_copy_us",
+            lambda site, at, device_name: more if (at, device_name) == (8, "some CPU") else 0.0,
         )
-        alternatives = [("qk_int8_pv_fp16", "reference"), ACCURATE]
-        times = local.race(self.SITE, alternatives, recorded, copies=(2.0, 1.0))
-        assert list(times) == names and [times[name].device for name in names] == [140.0, 100.0, 140.0]
-        times = local.race(self.SITE, alternatives, recorded)
-        assert list(times) == names and {time.device for time in times.values()} == {100.0}
-
-    def test_are_asked_of_the_profile(self, monkeypatch):
-        asked = []
-
-        def race(*_, copies):
-            asked.append(copies)
-            return {"sdpa": TIMES["sdpa"], " ".join(ACCURATE): TIMES[ACCURATE]}
-
-        monkeypatch.setattr(local, "race", race)
-        monkeypatch.setattr(local, "prologue_copies", lambda site, device_name: (2.0, 1.0))
-        machine().measure(self.SITE, unpredicted(ACCURATE))
-        assert asked == [(2.0, 1.0)]
-
-    def test_measured_before_inductors_kernel_was_are_measured_again(self, races, monkeypatch):
-        monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
-        machine().measure(self.SITE, unpredicted(ACCURATE))
-        monkeypatch.setattr(local, "prologue_copies", lambda site, device_name: (1.5, 1.5))
-        assert not machine().recall(self.SITE)
+        fused, plain = ("qk_int8_pv_fp16", "hopper"), ACCURATE
+        times = {"sdpa": Time(300.0), " ".join(fused): Time(100.0), " ".join(plain): Time(100.0)}
+        monkeypatch.setattr(local, "race", lambda *_: times)
+        found = machine().measure(self.SITE, unpredicted(fused, plain))
+        assert found[fused].speedup == (300 + more) / 100 and found[plain].speedup == 3.0
 
     def test_are_nothing_to_a_race_without_a_kernel_for_them(self, seen):
         calls, recorded = seen

@@ -77,12 +77,11 @@ PROLOGUES = tuple(
     for norm in (False, True)
 )
 """Of q and of k, as Llama, Qwen, and Flux with and without its norm have them."""
-MADE = 64, 2048
-"""Heads and tokens that these are measured at: so long that they take more than their launches, so short that attention
-does not hide what they take."""
+MADE = ((16, 512), (64, 512), (64, 2048), (256, 2048))
+"""Heads and tokens that these are measured at: from where launches are all that counts to where only bytes do, but not
+so long that attention hides what they take."""
 COMPILED = 2
 """How often Inductor compiles each. The faster counts: now and then its choice among its own kernels is a bad one."""
-COPIED_MIB = (0.25, 1, 4, 16, 64, 256)
 HEADS = 16
 """Of one sequence at most, as models have them; more are of several."""
 LAUNCHES_EVERY = 10
@@ -156,8 +155,8 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
 
     shapes = starmap(site, product(grid.dtypes, grid.head_dims, (False, True), grid.heads, grid.lengths))
     able = {one: available.runners(one) for one in shapes if one.flops <= grid.flops}
-    for dtype, head_dim in product(grid.dtypes, grid.head_dims):
-        plain = site(dtype, head_dim, False, *MADE)
+    for dtype, head_dim, made_at in product(grid.dtypes, grid.head_dims, MADE):
+        plain = site(dtype, head_dim, False, *made_at)
         runners = available.runners(plain)
         if fusing := [runner for runner in runners if fuses(runner, head_dim)]:
             able |= {plain: runners} | {replace(plain, prologues=(made, made)): fusing for made in PROLOGUES}
@@ -184,43 +183,59 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
 
 
 def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:
-    """What was measured with prologues against the same without them."""
-    from sagecompile.cost.profile import SDPA
-    from sagecompile.cost.prologues import Making, PrologueCosts
+    """What was measured with prologues, less the same without them; of Inductor, what it takes in copies."""
+    import torch
 
-    fused = [site for site in measured if site.prologues and replace(site, prologues=None) in measured]
-    if not fused:
-        return PrologueCosts()
-    known = PrologueCosts(_copy_us(device))
-    inductor = {made.kind: _copies_by_inductor(device, made) for made in PROLOGUES}
-    copies: dict[tuple[str, int], dict[str, float]] = {}
-    for site in fused:
-        making = Making.of(site)
-        assert making is not None
-        plain = measured[replace(site, prologues=None)]
-        one = 2 * known.copy(site.batch * site.heads * site.q_len * site.head_dim * making.itemsize)
-        added = {name: time.device - plain[name].device for name, time in measured[site].items() if name != SDPA}
-        copies[making.q, site.head_dim] = {SDPA: inductor[making.q]} | {
-            name: max(0.0, us / one) for name, us in added.items()
+    from sagecompile.backend import measurements
+    from sagecompile.cost import store
+    from sagecompile.cost.prologues import COPY, SDPA, PrologueCosts
+
+    copies: dict[str, float] = {}
+    found: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
+    for site in measured:
+        if site.prologues is None or (plain := measured.get(replace(site, prologues=None))) is None:
+            continue
+        made = site.prologues[0]
+        key = {"calibration": "inductor", "prologue": made.kind} | dict(measurements(str(device), False).machine)
+        try:
+            if made.kind not in copies:
+                print(f"\rcalibrating Inductor's {made.kind}{' ' * 40}", end="", file=sys.stderr)
+                copies[made.kind] = (store.recall(key) or {"copies": _copies_by_inductor(device, made)})["copies"]
+                store.remember(key, {"copies": copies[made.kind]})
+            added = {
+                COPY: 2 * _copy_us(device, site),
+                SDPA: 2 * _copy_us(device, site, copies[made.kind]),
+            }
+        except torch.OutOfMemoryError:
+            print(f"\n{made.kind} left out: no memory", file=sys.stderr)
+            continue
+        added |= {
+            name: max(0.01, time.device - plain[name].device) for name, time in measured[site].items() if name != SDPA
         }
-    return PrologueCosts(known.copy_us, copies)
+        for name, us in added.items():
+            by_size = found.setdefault((made.kind, site.head_dim), {}).setdefault(name, [])
+            by_size.append((site.batch * site.heads * site.q_len, us))
+    return PrologueCosts(
+        {key: {name: tuple(sorted(by_size)) for name, by_size in costs.items()} for key, costs in found.items()}
+    )
 
 
-def _copy_us(device: torch.device) -> tuple[tuple[int, float], ...]:
-    """Bytes and the microseconds of their copy."""
+def _copy_us(device: torch.device, site: AttentionSite, times: float = 1.0) -> float:
+    """Of so many times the bytes of a site's q, in 16 bits."""
     import torch
 
     from sagecompile.cost.timer import interleaved_times
 
-    found = []
-    for size in (int(mib * 2**20) for mib in COPIED_MIB):
-        call = torch.zeros(size, dtype=torch.uint8, device=device).clone
-        found.append((size, interleaved_times({"copy": call}, device.type, 0.01, launches=False)["copy"].device))
-    return tuple(found)
+    size = int(times * 2 * site.batch * site.heads * site.q_len * site.head_dim)
+    call = torch.zeros(size, dtype=torch.uint8, device=device).clone
+    return interleaved_times({"copy": call}, device.type, 0.01, launches=False)["copy"].device
 
 
 def _copies_by_inductor(device: torch.device, prologue: Prologue) -> float:
-    """How many times as long as a copy of q and k Inductor's kernel takes; the least is 1."""
+    """How many times as long as a copy of q and k Inductor's kernels for them take, where only bytes count; at least 1.
+
+    Of the widest heads, which are taken for all.
+    """
     import torch
     from torch._inductor.utils import fresh_cache
 
@@ -229,9 +244,9 @@ def _copies_by_inductor(device: torch.device, prologue: Prologue) -> float:
     from .bench.block import Block, angles
     from .bench.compiled import compiled_apart
 
-    heads, tokens = MADE
+    heads, tokens = MADE[-1]
     head_dim, dtype = max(GRIDS[device.type].head_dims), torch.bfloat16
-    q, k = (torch.randn((heads // HEADS, tokens, HEADS, head_dim), device=device, dtype=dtype) for _ in range(2))
+    q, k = (torch.randn((1, tokens, heads, head_dim), device=device, dtype=dtype) for _ in range(2))
     make = Block(head_dim, prologue.rope, is_causal=False, norm=prologue.norm).to(device, dtype).prologues
     inputs = {"q": q, "k": k} | angles(tokens, head_dim, prologue.rope, dtype, device)
     calls: dict[str, Callable[[], object]] = {"copy": lambda: (q.clone(), k.clone())}

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from sagecompile.formats import fuses
-from sagecompile.site import AttentionSite, Device, Prologue
+from sagecompile.site import AttentionSite, Device
 
 from . import store
-from .profile import SDPA, Family, Profile, Time, crossing_of, speedup
+from .profile import Family, Profile, Time, crossing_of, speedup
 from .prologues import Making
 
 logger = logging.getLogger("sagecompile")
@@ -76,12 +76,10 @@ def profiles() -> dict[str, Profile]:
     return found
 
 
-def prologue_copies(site: AttentionSite, device_name: str) -> tuple[float, float]:
-    """How many times as long as a copy Inductor's kernels for q's and k's take; 1, the least, where nobody measured."""
-    profile = profiles().get(device_name)
-    known = profile.prologues.copies if profile else {}
-    q, k = (known.get((made.kind, site.head_dim), {}).get(SDPA, 1.0) for made in site.prologues or (Prologue(),) * 2)
-    return q, k
+def beyond_a_copy_us(site: AttentionSite, heads: int, device_name: str) -> float:
+    """Microseconds that Inductor takes longer than a copy to make q and k of so many heads; 0 where nobody measured."""
+    profile, making = profiles().get(device_name), Making.of(site)
+    return profile.prologues.beyond_a_copy(making, heads, site.q_len) if profile and making else 0.0
 
 
 def own_profiles() -> Path:
@@ -135,8 +133,8 @@ def predict(
     at_most_tokens = min(curve[-1][1] for curve in curves)
     crossings = [crossing for curve in curves if (crossing := crossing_of(curve, wanted)) is not None]
     if len(crossings) < len(curves):
-        return Prediction(at_most_tokens, f"at the most tokens measured, {when}")
-    return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings))
+        return Prediction(at_most_tokens, f"at the most tokens measured, {when}", sure=known)
+    return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings), sure=known)
 
 
 def _families(site: AttentionSite, device: Device) -> list[Family]:

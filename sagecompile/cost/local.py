@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, prologue_copies, store
-from .profile import SDPA, Time, speedup
+from . import Alternative, Prediction, beyond_a_copy_us, store
+from .profile import Time, speedup
+from .prologues import SDPA
 from .timer import interleaved_times
 
 FLOPS = {"cpu": 2e9, "cuda": 2e12}
@@ -35,8 +36,6 @@ LONGEST = 8
 MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Bytes of q, k, v, the outputs and what prologues make."""
 BUDGET_S = 0.05
-COPY = "copy"
-"""Of q and k, among the calls of a race."""
 BUSY, TRIES, PAUSE_S = 1.25, 3, 0.2
 """Beyond this factor a CPU is not measured on; how often, and after how long, it is tried."""
 
@@ -65,14 +64,15 @@ class Local:
         found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
-        return {
-            _split(name): Prediction(
-                speedup((Time(*sdpa), Time(*ours)), self.cuda_graphs),
-                f"measured here at {shape}, {date}",
-                measured=True,
-            )
-            for name, (sdpa, ours, shape, date) in found["times"].items()
-        }
+        predictions = {}
+        for name, (sdpa, ours, heads, shape, date) in found["times"].items():
+            alternative, before = _split(name), Time(*sdpa)
+            if fuses(alternative, site.head_dim):
+                more = beyond_a_copy_us(site, heads, str(self.machine["device"]))
+                before = before._replace(device=before.device + more)
+            faster = speedup((before, Time(*ours)), self.cuda_graphs)
+            predictions[alternative] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
+        return predictions
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
@@ -108,7 +108,8 @@ class Local:
         if isinstance(times, str):
             self.failures[_name(self.key(site))] = times
             return times
-        raced = {name: (times[SDPA], ours, smaller.shape, _today()) for name, ours in times.items() if name != SDPA}
+        where = smaller.batch * smaller.heads, smaller.shape, _today()
+        raced = {name: (times[SDPA], ours, *where) for name, ours in times.items() if name != SDPA}
         before = store.recall(self.key(site)) or {"times": {}}
         store.remember(self.key(site), {"times": before["times"] | raced})
         return self.recall(site)
@@ -118,7 +119,7 @@ class Local:
     ) -> dict[str, Time] | str:
         """A race in which nothing took BUSY times what it did when it was calibrated, or that there was none."""
         for left in reversed(range(TRIES)):
-            times = race(site, tuple(predicted), self.ops, copies=self._copies(site))
+            times = race(site, tuple(predicted), self.ops)
             slower = _slower_than_calibrated(times, predicted) if calibrated else 1.0
             if slower < BUSY:
                 return times
@@ -132,11 +133,7 @@ class Local:
         found = dict(self.machine) | {name: getattr(site, name) for name in names}
         if site.prologues and site.device_type in fusing_devices(may_win=True):
             found["prologues"] = [made._asdict() for made in site.prologues]
-            found["copies"] = self._copies(site)
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
-
-    def _copies(self, site: AttentionSite) -> tuple[float, float]:
-        return prologue_copies(site, str(self.machine.get("device")))
 
 
 def race(
@@ -145,19 +142,15 @@ def race(
     ops: Ops,
     budget_s: float = BUDGET_S,
     launches: bool = True,
-    copies: tuple[float, float] = (1.0, 1.0),
 ) -> dict[str, Time]:
     """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`.
 
-    Where one of them does the prologues of q and k, the others get what these make: written again by a copy. That moves
-    the bytes which Inductor's kernel for them must, so it is the least that this takes. `copies`: how many times as
-    long it takes for q and for k, which is then counted. `launches`: whether they are timed.
+    Where one of them does the prologues of q and k, the others get what these make: written again by a copy, which
+    moves the bytes that Inductor's kernels for them must. That is the least they take; `beyond_a_copy_us` is the rest.
+    `launches`: whether they are timed.
     """
     fusing = [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
     q, calls = _contestants(site, alternatives, fusing, ops)
-    more = _more_than_a_copy(site, copies) if fusing else 0.0
-    if more == 0.0:
-        calls.pop(COPY, None)
     kept = _memory_at_hand(q) if site.device_type == "cpu" else None
     here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
     uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
@@ -166,17 +159,13 @@ def race(
         if site.device_type == "cuda":
             torch.cuda.empty_cache()  # what the captured graphs had for themselves goes back
     del kept
-    copy = times.pop(COPY, Time(0.0)).device
-    fused = {" ".join(alternative) for alternative in fusing}
-    return {
-        name: time if name in fused else time._replace(device=time.device + more * copy) for name, time in times.items()
-    }
+    return times
 
 
 def _contestants(
     site: AttentionSite, alternatives: Sequence[Alternative], fusing: Sequence[Alternative], ops: Ops
 ) -> tuple[torch.Tensor, dict[str, Callable[[], object]]]:
-    """q, and the calls by name; `fusing`: who does the prologues. Then COPY is what the others do in front."""
+    """q, and the calls by name; `fusing`: who does the prologues."""
     generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
     dtype = getattr(torch, site.dtype)
     scale = site.scale if site.scale is not None else site.head_dim**-0.5
@@ -214,15 +203,7 @@ def _contestants(
 
     calls: dict[str, Callable[[], object]] = {SDPA: sdpa}
     calls |= {" ".join(alternative): partial(ours, *alternative) for alternative in alternatives}
-    return q, calls | ({COPY: made} if fusing else {})
-
-
-def _more_than_a_copy(site: AttentionSite, copies: tuple[float, float]) -> float:
-    """How many copies of what its prologues make are left when one was timed."""
-    assert site.prologues is not None
-    sizes = site.heads * site.q_len, site.kv_heads * site.kv_len
-    made = [size if prologue != Prologue() else 0 for size, prologue in zip(sizes, site.prologues, strict=True)]
-    return sum(size * (count - 1) for size, count in zip(made, copies, strict=True)) / sum(made)
+    return q, calls
 
 
 def _memory_at_hand(like: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
-from .prologues import Making, PrologueCosts
+from .prologues import SDPA, Making, PrologueCosts
 
 SCHEMA = 6
-SDPA, SHIPPED = "sdpa", "shipped"
+SHIPPED = "shipped"
 ROUND = 16
 
 Curve = list[tuple[int, float]]
@@ -150,7 +150,7 @@ class Profile:
         names = SDPA, alternative
         added = [0.0, 0.0]
         if making is not None and self.knows(making, alternative):
-            added = [self.prologues.added_us(making, name, heads, length) for name in names]
+            added = [self.prologues.added(making, name, heads, length) for name in names]
         launches = [
             self.launch_us.get(launched(name, making is not None), self.launch_us.get(name, 0.0)) for name in names
         ]
@@ -159,7 +159,7 @@ class Profile:
 
     def knows(self, making: Making, alternative: str) -> bool:
         """Whether what these prologues add was measured, in front of SDPA and in the alternative."""
-        return self.prologues.know(making, SDPA) and self.prologues.know(making, alternative)
+        return self.prologues.know(making, SDPA, alternative)
 
     @staticmethod
     def _device_us(lines: Mapping[int, Line], heads: int, length: float) -> tuple[float, float] | None:

@@ -43,6 +43,12 @@ class Prologue:
         return x * self.cos.float().unsqueeze(1) + turned(x, self.rope) * self.sin.float().unsqueeze(1)
 
 
+def table_strides(x: torch.Tensor) -> tuple[int, int]:
+    """Of cos or sin, between sequences and between tokens; 0 where there is one."""
+    batch, token = (stride if length > 1 else 0 for length, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
+    return batch, token
+
+
 def example(
     made: site.Prologue, tokens: int, head_dim: int, generator: torch.Generator, where: torch.device
 ) -> Prologue:

@@ -314,6 +314,12 @@ class TestPrepare:
         assert found.parameters.cos == cos.data_ptr() and found.parameters.sin == sin.data_ptr()
         assert (cos.data_ptr() | sin.data_ptr() | found.parameters.token | found.parameters.batch) % 16 == 0
 
+    def test_tables_for_all_sequences_may_differ_in_the_stride_between_them(self):
+        cos, sin = torch.rand(1, 9, 64), torch.rand(3, 9, 64)[:1]
+        sin = sin.as_strided(sin.shape, (9999, 64, 1))
+        found = self.prepared(rope="half", cos=cos, sin=sin)
+        assert found.prologue.cos is cos and found.prologue.sin is sin and found.parameters.batch == 0
+
     def test_a_table_for_all_sequences_is_not_copied(self):
         turns = torch.rand(1, 9, 64)
         found = self.prepared(rope="half", cos=turns, sin=turns)
@@ -395,9 +401,31 @@ class TestLaunches:
         ids=str,
     )  # fmt: skip
     def test_of_others_are_not(self, launched, change):
-        sizes = {name: change.pop(name) for name in ("batch", "length", "skipped") if name in change}
+        sizes = {name: value for name, value in change.items() if name in ("batch", "length", "skipped")}
         self.attention(*self.tensors())
-        self.attention(*self.tensors(**sizes), **change)
+        self.attention(*self.tensors(**sizes), **{name: change[name] for name in change.keys() - sizes.keys()})
+        assert len(hopper._known) == 2
+
+    @pytest.mark.parametrize("which", range(6), ids=["q", "k", "v", "out", "cos", "sin"])
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
+            lambda x: x.mT.contiguous().mT,
+        ],
+        ids=["alignment", "strides"],
+    )
+    def test_are_not_repeated_where_one_tensor_is_unlike(self, launched, which, changed):
+        tensors = self.tensors()
+        self.attention(*tensors)
+        tensors[which] = changed(tensors[which])
+        self.attention(*tensors)
+        assert len(hopper._known) == 2
+
+    def test_are_not_repeated_for_tables_of_another_dtype(self, launched):
+        tensors = self.tensors()
+        self.attention(*tensors)
+        self.attention(*tensors[:4], *(x.to(torch.bfloat16) for x in tensors[4:]))
         assert len(hopper._known) == 2
 
     def test_tables_that_must_be_copied_are_copied_each_time(self, launched):

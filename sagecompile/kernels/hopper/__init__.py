@@ -21,7 +21,7 @@ import torch
 
 import sagecompile.formats as formats
 from sagecompile.kernels.check import check
-from sagecompile.kernels.prologue import ROPES, Prologue
+from sagecompile.kernels.prologue import ROPES, Prologue, table_strides
 
 from .cut import cut_rows, even
 from .runtime import Defines, Kernel, kernel
@@ -171,6 +171,7 @@ class _Launches:
 
 _known: dict[tuple[Any, ...], _Launches] = {}
 _MOST_KNOWN = 4096
+"""When there are more, all are forgotten."""
 
 
 def attention(
@@ -257,13 +258,13 @@ def _quantize_launch(k: torch.Tensor, v: torch.Tensor, prepared: _Prepared, form
     shape = _tiles_shape(k, variant)
     count = shape[0] * shape[1]
     index = k.device.index
+    kernel = _quantize_kernel(variant, prepared.defines, index)
     blocks = 2 * _multiprocessors(index)
     k_blocks = min(count, round(blocks * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
         _tensor(k, variant), _tensor(v, variant), prepared.parameters, 0,
         heads, length, head_dim, shape[1], count, k_blocks,
     )  # fmt: skip
-    kernel = _quantize_kernel(variant, prepared.defines, index)
     return _Launch(kernel, k_blocks + min(count, blocks - k_blocks), parameters, shape)
 
 
@@ -384,13 +385,13 @@ def _prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> _P
         if table is not None and table.shape not in ((1, length, head_dim), (batch, length, head_dim)):
             raise ValueError(f"cos or sin {tuple(table.shape)}: needs (1 or {batch}, {length}, {head_dim})")
     weight, cos, sin = (None if tensor is None else _readable(tensor) for tensor in (weight, cos, sin))
-    strides = (0, 0)
+    strides: tuple[int, ...] = (0, 0)
     if cos is not None and sin is not None:
         if cos.shape != sin.shape or cos.dtype != sin.dtype:
             raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: need them alike")
-        if cos.stride() != sin.stride():
+        if table_strides(cos) != table_strides(sin):
             cos, sin = cos.contiguous(), sin.contiguous()
-        strides = (cos.stride(0) * cos.element_size() if cos.shape[0] > 1 else 0, cos.stride(1) * cos.element_size())
+        strides = tuple(stride * cos.element_size() for stride in table_strides(cos))
     defines = (
         ("NORM", prologue.eps is not None),
         ("NO_WEIGHT", _NO_WEIGHT),
@@ -398,9 +399,9 @@ def _prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> _P
         ("ROPE", ROPES.index(prologue.rope)),
         ("TABLE", 0 if cos is None else _DTYPES[cos.dtype]),
     )
-    pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (weight, cos, sin))
-    parameters = PrologueParameters(*pointers, *strides, prologue.eps or 0.0)
-    return _Prepared(parameters, defines, replace(prologue, weight=weight, cos=cos, sin=sin))
+    prepared = replace(prologue, weight=weight, cos=cos, sin=sin)
+    parameters = PrologueParameters(*_addresses(prepared), *strides, prologue.eps or 0.0)
+    return _Prepared(parameters, defines, prepared)
 
 
 _NOTHING = _prepare(Prologue(), torch.empty(1, 1, 1, 64), Variant(64, torch.float16, True))._replace(prologue=None)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from sagecompile.kernels.prologue import ROPES, Prologue
+from sagecompile.kernels.prologue import ROPES, Prologue, table_strides
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 512
@@ -103,9 +103,8 @@ def _arguments(
     cos, sin = prologue.cos, prologue.sin
     if prologue.rope == "none" or cos is None or sin is None:
         return norm, 0, (weight, x, x), (0, 0, prologue.eps or 0.0)
-    assert cos.stride() == sin.stride() and cos.stride(-1) == 1
-    stride_b, stride_n = cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
-    return norm, ROPES.index(prologue.rope), (weight, cos, sin), (stride_b, stride_n, prologue.eps or 0.0)
+    assert table_strides(cos) == table_strides(sin) and cos.stride(-1) == sin.stride(-1) == 1
+    return norm, ROPES.index(prologue.rope), (weight, cos, sin), (*table_strides(cos), prologue.eps or 0.0)
 
 
 @triton.jit
