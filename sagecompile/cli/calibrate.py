@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product, starmap
 from typing import TYPE_CHECKING, Any
@@ -80,8 +80,6 @@ PROLOGUES = tuple(
 MADE = ((16, 512), (64, 512), (64, 2048), (256, 2048))
 """Heads and tokens that these are measured at: from where launches are all that counts to where only bytes do, but not
 so long that attention hides what they take."""
-COMPILED = 2
-"""How often Inductor compiles each. The faster counts: now and then its choice among its own kernels is a bad one."""
 HEADS = 16
 """Of one sequence at most, as models have them; more are of several."""
 LAUNCHES_EVERY = 10
@@ -183,79 +181,44 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
 
 
 def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:
-    """What was measured with prologues, less the same without them; of Inductor, what it takes in copies."""
-    import torch
-
-    from sagecompile.backend import measurements
-    from sagecompile.cost import store
+    """Of the kernels what was measured with prologues, less the same without; of Inductor the copies that it takes."""
     from sagecompile.cost.prologues import COPY, SDPA, PrologueCosts
 
-    copies: dict[str, float] = {}
+    from .bench.prologues import copy_us
+
+    fused = [site for site in measured if site.prologues and replace(site, prologues=None) in measured]
+    copies = _by_inductor(device) if fused else {}
     found: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
-    for site in measured:
-        if site.prologues is None or (plain := measured.get(replace(site, prologues=None))) is None:
-            continue
-        made = site.prologues[0]
-        key = {"calibration": "inductor", "prologue": made.kind} | dict(measurements(str(device), False).machine)
-        try:
-            if made.kind not in copies:
-                print(f"\rcalibrating Inductor's {made.kind}{' ' * 40}", end="", file=sys.stderr)
-                copies[made.kind] = (store.recall(key) or {"copies": _copies_by_inductor(device, made)})["copies"]
-                store.remember(key, {"copies": copies[made.kind]})
-            added = {
-                COPY: 2 * _copy_us(device, site),
-                SDPA: 2 * _copy_us(device, site, copies[made.kind]),
-            }
-        except torch.OutOfMemoryError:
-            print(f"\n{made.kind} left out: no memory", file=sys.stderr)
-            continue
-        added |= {
-            name: max(0.01, time.device - plain[name].device) for name, time in measured[site].items() if name != SDPA
-        }
+    for site in fused:
+        kind, size = site.prologues[0].kind, site.batch * site.heads * site.q_len  # type: ignore[index]
+        plain, size_bytes = measured[replace(site, prologues=None)], 2 * size * site.head_dim
+        added = {name: max(0.01, time.device - plain[name].device) for name, time in measured[site].items()}
+        added[COPY] = 2 * copy_us(device, size_bytes)
+        added[SDPA] = 2 * copy_us(device, int(copies[kind] * size_bytes))
         for name, us in added.items():
-            by_size = found.setdefault((made.kind, site.head_dim), {}).setdefault(name, [])
-            by_size.append((site.batch * site.heads * site.q_len, us))
+            found.setdefault((kind, site.head_dim), {}).setdefault(name, []).append((size, us))
     return PrologueCosts(
-        {key: {name: tuple(sorted(by_size)) for name, by_size in costs.items()} for key, costs in found.items()}
+        {key: {name: tuple(sorted(sizes)) for name, sizes in by_name.items()} for key, by_name in found.items()}
     )
 
 
-def _copy_us(device: torch.device, site: AttentionSite, times: float = 1.0) -> float:
-    """Of so many times the bytes of a site's q, in 16 bits."""
-    import torch
+def _by_inductor(device: torch.device) -> dict[str, float]:
+    """How many copies of q and k each kind of prologue takes where only bytes count, of the widest heads."""
+    from sagecompile.backend import measurements
+    from sagecompile.cost import store
 
-    from sagecompile.cost.timer import interleaved_times
+    from .bench.prologues import copies_by_inductor
 
-    size = int(times * 2 * site.batch * site.heads * site.q_len * site.head_dim)
-    call = torch.zeros(size, dtype=torch.uint8, device=device).clone
-    return interleaved_times({"copy": call}, device.type, 0.01, launches=False)["copy"].device
-
-
-def _copies_by_inductor(device: torch.device, prologue: Prologue) -> float:
-    """How many times as long as a copy of q and k Inductor's kernels for them take, where only bytes count; at least 1.
-
-    Of the widest heads, which are taken for all.
-    """
-    import torch
-    from torch._inductor.utils import fresh_cache
-
-    from sagecompile.cost.timer import interleaved_times
-
-    from .bench.block import Block, angles
-    from .bench.compiled import compiled_apart
-
-    heads, tokens = MADE[-1]
-    head_dim, dtype = max(GRIDS[device.type].head_dims), torch.bfloat16
-    q, k = (torch.randn((1, tokens, heads, head_dim), device=device, dtype=dtype) for _ in range(2))
-    make = Block(head_dim, prologue.rope, is_causal=False, norm=prologue.norm).to(device, dtype).prologues
-    inputs = {"q": q, "k": k} | angles(tokens, head_dim, prologue.rope, dtype, device)
-    calls: dict[str, Callable[[], object]] = {"copy": lambda: (q.clone(), k.clone())}
-    for i in range(COMPILED):
-        calls[str(i)] = compiled_apart(make, inputs, {})
-        with fresh_cache():
-            calls[str(i)]()
-    copy, *compiled = (time.device for time in interleaved_times(calls, device.type, 0.05, launches=False).values())
-    return max(1.0, min(compiled) / copy)
+    found = {}
+    for made in PROLOGUES:
+        print(f"\rcalibrating Inductor's {made.kind}{' ' * 40}", end="", file=sys.stderr)
+        key = {"calibration": made.kind} | dict(measurements(str(device), cuda_graphs=False).machine)
+        known = store.recall(key)
+        if known is None:
+            known = {"copies": copies_by_inductor(device, made, *MADE[-1], max(GRIDS[device.type].head_dims))}
+            store.remember(key, known)
+        found[made.kind] = known["copies"]
+    return found
 
 
 def _family(site: AttentionSite) -> Family:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from sagecompile import cost, formats
 from sagecompile.cli import calibrate, main
-from sagecompile.cli.bench import decision
+from sagecompile.cli.bench import decision, prologues
 from sagecompile.cost import store
 from sagecompile.cost.profile import Profile, Time
 from sagecompile.decide import Keep, Use
@@ -82,8 +81,8 @@ class TestCalibrate:
         monkeypatch.setitem(formats.PROVIDERS, "cpu", replace(row, prologues=True))
         monkeypatch.setattr(calibrate, "GRIDS", {"cpu": replace(GRID, head_dims=(64,), lengths=(16, 32))})
         monkeypatch.setattr(calibrate, "MADE", ((4, 16), (4, 32)))
-        monkeypatch.setattr(calibrate, "_copies_by_inductor", lambda device, made: asked.append(made.kind) or 3.0)
-        monkeypatch.setattr(calibrate, "_copy_us", lambda device, site, times=1.0: 1e6 * site.q_len * times)
+        monkeypatch.setattr(prologues, "copies_by_inductor", lambda device, made, *_: asked.append(made.kind) or 3.0)
+        monkeypatch.setattr(prologues, "copy_us", lambda device, size: size * 16e6 / 8192)
         for _ in range(2):
             assert main(["calibrate", "--device", "cpu"]) == 0
         kinds = ["half", "norm, half", "interleaved", "norm, interleaved"]
@@ -99,18 +98,6 @@ class TestCalibrate:
         site = AttentionSite("", "", "sdpa", 1, 4, 4, 32, 32, 64, 64, "bfloat16", "cpu")
         site = replace(site, prologues=(calibrate.PROLOGUES[1],) * 2)
         assert cost.beyond_a_copy_us(site, 4, available.device("cpu").name) == pytest.approx(128e6)
-
-    @pytest.mark.parametrize("made", calibrate.PROLOGUES[1:3], ids=lambda made: made.kind)
-    def test_inductors_kernels_for_them_are_compared_with_a_copy(self, monkeypatch, made):
-        monkeypatch.setattr(calibrate, "MADE", ((16, 50),))
-        monkeypatch.setattr(calibrate, "COMPILED", 1)
-        with torch.no_grad():
-            assert calibrate._copies_by_inductor(torch.device("cpu"), made) > 1
-
-    def test_a_copy_is_of_q(self):
-        site = AttentionSite("", "", "sdpa", 2, 4, 4, 1000, 1000, 64, 64, "bfloat16", "cpu")
-        one, ten = (min(calibrate._copy_us(torch.device("cpu"), site, n) for _ in range(3)) for n in (1, 10))
-        assert 0 < one < ten
 
     def test_a_folder_that_cannot_be_used_is_named(self, monkeypatch, tmp_path, capsys):
         (tmp_path / "file").touch()
