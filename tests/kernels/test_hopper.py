@@ -16,7 +16,8 @@ from support import FAST, TOLERANCE
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import hopper
-from sagecompile.kernels.hopper import runtime
+from sagecompile.kernels.hopper import parameters, runtime
+from sagecompile.kernels.hopper.cut import cut_rows, even
 from sagecompile.kernels.prologue import Prologue
 
 hopper_gpu = pytest.mark.skipif(
@@ -262,16 +263,16 @@ class TestRepeat:
 class TestTensor:
     """What the kernels are told of a tensor."""
 
-    VARIANT = hopper.Variant(64, torch.bfloat16, True)
+    VARIANT = parameters.Variant(64, torch.bfloat16, True)
 
     def told(self, x):
-        found = hopper._tensor(x, self.VARIANT)
+        found = parameters.tensor_of(x, self.VARIANT)
         return found.batch, found.head, found.token, found.channel, bool(found.vectors)
 
     def test_strides_in_bytes(self):
         x = torch.empty(2, 700, 3, 64, dtype=torch.bfloat16).transpose(1, 2)
         assert self.told(x) == (700 * 3 * 128, 128, 3 * 128, 2, True)
-        assert hopper._tensor(x, self.VARIANT).data == x.data_ptr()
+        assert parameters.tensor_of(x, self.VARIANT).data == x.data_ptr()
 
     def test_one_entry_has_no_stride(self):
         assert self.told(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))[:3] == (0, 0, 0)
@@ -295,10 +296,10 @@ class TestPrepare:
     """What the kernels are told of a prologue; needs no GPU."""
 
     X = torch.empty(2, 3, 9, 64, dtype=torch.bfloat16)
-    VARIANT = hopper.Variant(64, torch.bfloat16, True)
+    VARIANT = parameters.Variant(64, torch.bfloat16, True)
 
     def prepared(self, **facts):
-        return hopper._prepare(Prologue(**facts), self.X, self.VARIANT)
+        return parameters.prepare(Prologue(**facts), self.X, self.VARIANT)
 
     @pytest.mark.parametrize("which", range(2), ids=["cos", "sin"])
     @pytest.mark.parametrize("batch", [1, 2])
@@ -355,7 +356,7 @@ class TestLaunches:
             found.append((blocks, bytes(parameters)))
 
         def recompute(*tensors, q_prologue, k_prologue, **how):
-            tables = map(hopper._addresses, (q_prologue, k_prologue))
+            tables = map(parameters.addresses_of, (q_prologue, k_prologue))
             found.append((tuple(x.data_ptr() for x in tensors), *tables))
             return lambda *addresses: found.append(addresses[:-1])
 
@@ -453,7 +454,7 @@ class TestCut:
     @pytest.mark.parametrize("heads", [1, 7, 32, 256])
     def test_covers_every_row_once(self, heads, q_len, consumers):
         rows = 64 * consumers
-        for cut in (hopper.even(q_len, consumers), hopper.cut_rows(q_len, heads, consumers, 132)):
+        for cut in (even(q_len, consumers), cut_rows(q_len, heads, consumers, 132)):
             starts = [i * rows for i in range(cut.whole)]
             starts += [cut.whole * rows + i * cut.tail_rows for i in range(cut.tiles - cut.whole)]
             ends = [start + rows for start in starts[: cut.whole]] + [
@@ -463,15 +464,15 @@ class TestCut:
             assert cut.tail_rows % 64 == 0 and 0 < cut.tail_rows <= rows
 
     def test_many_rounds_are_not_simulated(self):
-        assert hopper.cut_rows(1000, 10_000, 3, 132) == hopper.even(1000, 3)
+        assert cut_rows(1000, 10_000, 3, 132) == even(1000, 3)
 
     def test_the_last_round_is_filled(self):
         """43 tiles of 32 heads are 10.4 rounds of 132 blocks: smaller ones at the end take less than an 11th."""
-        cut = hopper.cut_rows(8192, 32, 3, 132)
+        cut = cut_rows(8192, 32, 3, 132)
         assert cut.tail_rows < 192 and 32 * cut.whole <= 10 * 132
 
 
-NO_PROLOGUE = hopper._NOTHING.defines
+NO_PROLOGUE = parameters.NOTHING.defines
 NORM_AND_ROPE = (("NORM", 1), ("NO_WEIGHT", 3), ("WEIGHT", 1), ("ROPE", 1), ("TABLE", 1))
 
 
@@ -483,7 +484,7 @@ def test_every_variant_fits_in_shared_memory(monkeypatch, dim, dtype, format, ca
     """What a multiprocessor of compute capability 9.0 gives one block, with at least two tiles of K and V in flight."""
     asked = {}
     monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
-    variant = hopper._variant(dim, dtype, format)
+    variant = parameters.variant_of(dim, dtype, format)
     hopper._attend_kernel.__wrapped__(variant, causal, NO_PROLOGUE, 0)
     assert asked["shared_bytes"] <= 227 * 1024 and dict(asked["defines"])["STAGES"] >= 2
     assert asked["threads"] <= 1024
@@ -506,7 +507,7 @@ def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     asked = {}
     monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
-    hopper._attend_kernel.__wrapped__(hopper._variant(dim, torch.bfloat16, format), causal, prologue, 0)
+    hopper._attend_kernel.__wrapped__(parameters.variant_of(dim, torch.bfloat16, format), causal, prologue, 0)
     with caplog.at_level("DEBUG", logger="sagecompile"):
         runtime.compile_cubin("attention.cu", asked["defines"])
     assert "registers" in caplog.text and "serialized" not in caplog.text

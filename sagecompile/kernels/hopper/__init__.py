@@ -5,25 +5,37 @@ Three launches: `quantize_kv` reads K and V once and writes tiles, `attend` quan
 the exact kernel repeats the rows that 8 bits cannot hold; each does the Prologue of what it reads. CUDA C++ because
 this needs what Triton does not give: wgmma in flight across a softmax, a loader warp beside warpgroups that drift
 apart, operands kept in registers in the order of the accumulators. attention.cu and quantize.cu say how, LOG.md why;
-runtime.py compiles them with what torch brings.
+parameters.py has what they are told, runtime.py compiles them with what torch brings.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
-from ctypes import c_float, c_int, c_longlong, c_void_p
-from dataclasses import replace
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import sagecompile.formats as formats
 from sagecompile.kernels.check import check
-from sagecompile.kernels.prologue import ROPES, Prologue, table_strides
+from sagecompile.kernels.prologue import Prologue
 
 from .cut import cut_rows, even
+from .parameters import (
+    FLAG_ROWS,
+    LOG2E,
+    NOTHING,
+    AttendParameters,
+    Prepared,
+    QuantizeParameters,
+    Variant,
+    addresses_of,
+    prepare,
+    tensor_of,
+    tiles_shape,
+    variant_of,
+)
 from .runtime import Defines, Kernel, kernel
 
 if TYPE_CHECKING:
@@ -31,119 +43,11 @@ if TYPE_CHECKING:
 
 FORMATS = formats.PROVIDERS["hopper"].formats
 
-TILE = 128
-"""Tokens of K and V in one tile."""
-FLAG_ROWS = 16
-"""Rows of the output that share one flag."""
-LOG2E = math.log2(math.e)
-
 _QUANTIZE_THREADS, _QUANTIZE_STAGES = 512, 2
 # Of the blocks of `quantize`, how many take K: as long as it takes compared with V, as measured on one H200.
 _K_SHARE, _K_SHARE_WITH_PROLOGUE = 0.5, 0.62
 _SHARED_LIMIT = 227 * 1024
 _MOST_STAGES, _TURNS = 4, 8
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-_NO_WEIGHT = 3
-
-
-class Schedule(NamedTuple):
-    """How attention.cu runs, see there."""
-
-    consumers: int
-    overlap: bool
-    lag: int
-
-
-# The fastest of what was tried for (head_dim, FP8) on one H200: 2 and 3 consumers, with and without overlap, lags of 2,
-# 3 and 8 (none). Three consumers hide each other's waits best, where 160 registers hold (almost) all of a thread.
-SCHEDULES = {
-    (64, True): Schedule(3, True, 2),
-    (64, False): Schedule(3, False, 8),
-    (96, True): Schedule(3, False, 2),
-    (96, False): Schedule(3, False, 8),
-    (128, True): Schedule(3, False, 3),
-    (128, False): Schedule(2, True, 8),
-}
-
-
-class Tensor(ctypes.Structure):
-    """As in common.cuh; strides in bytes."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        *((name, c_longlong) for name in ("batch", "head", "token", "channel")),
-        ("vectors", c_int),
-    )
-
-
-class PrologueParameters(ctypes.Structure):
-    """Prologue in prologue.cuh; strides in bytes."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("weight", "cos", "sin")),
-        *((name, c_longlong) for name in ("batch", "token")),
-        ("eps", c_float),
-    )
-
-
-class QuantizeParameters(ctypes.Structure):
-    """As in quantize.cu."""
-
-    _fields_ = (
-        *((name, Tensor) for name in ("k", "v")),
-        ("prologue", PrologueParameters),
-        ("tiles", c_void_p),
-        *((name, c_int) for name in ("heads", "length", "head_dim", "count", "all", "k_blocks")),
-    )
-
-
-class AttendParameters(ctypes.Structure):
-    """As in attention.cu."""
-
-    _fields_ = (
-        *((name, Tensor) for name in ("q", "out")),
-        ("prologue", PrologueParameters),
-        *((name, c_void_p) for name in ("tiles", "flags")),
-        *((name, c_int) for name in ("batch", "heads", "group", "q_len", "kv_len", "head_dim", "ahead")),
-        *((name, c_int) for name in ("row_tiles", "whole_tiles", "tail_rows", "kv_tiles")),
-        ("scale_log2e", c_float),
-        ("never", c_int),
-    )
-
-
-class Variant(NamedTuple):
-    """What is fixed when the kernels are compiled."""
-
-    head_dim: int
-    """64, 96 or 128: the narrowest that holds the tensors' own."""
-    dtype: torch.dtype
-    fp8: bool
-
-    @property
-    def k_bytes(self) -> int:
-        """Of one tile of K with its header."""
-        return self.head_dim // 16 * (TILE * 16 + 16) + 128
-
-    @property
-    def v_bytes(self) -> int:
-        """Of one tile of V."""
-        return TILE * (self.head_dim + 8) * (1 if self.fp8 else 2)
-
-    @property
-    def schedule(self) -> Schedule:
-        return SCHEDULES[self.head_dim, self.fp8]
-
-    def defines(self) -> tuple[tuple[str, int], ...]:
-        return (("HEAD_DIM", self.head_dim), ("DTYPE", _DTYPES[self.dtype]), ("FP8", self.fp8))
-
-
-class _Prepared(NamedTuple):
-    """A prologue as the kernels take it."""
-
-    parameters: PrologueParameters
-    defines: Defines
-    prologue: Prologue | None
-    """The same, of the tensors that `parameters` points to."""
 
 
 class _Launch(NamedTuple):
@@ -156,17 +60,18 @@ class _Launch(NamedTuple):
     """The shape of what it writes for the next one: tiles, or flags."""
 
 
+@dataclass
 class _Launches:
     """All that `attention` does for tensors of some shapes, strides, dtypes, alignments: found out once, then repeated.
 
     It takes the host longer to find out what to launch than to launch it.
     """
 
-    def __init__(self, quantize: _Launch, attend: _Launch, copies: bool) -> None:
-        self.quantize, self.attend = quantize, attend
-        self.copies = copies
-        """Whether a tensor of a prologue must be copied in each call before it can be read."""
-        self.repeat_exact: Repeat | None = None
+    quantize: _Launch
+    attend: _Launch
+    copies: bool
+    """Whether a tensor of a prologue must be copied in each call before it can be read."""
+    repeat_exact: Repeat | None = None
 
 
 _known: dict[tuple[Any, ...], _Launches] = {}
@@ -200,18 +105,18 @@ def attention(
         _check_limits(q, k)
     with torch.cuda.device_of(q):
         if launches is None or launches.copies:
-            variant = _variant(q.shape[3], q.dtype, format)
-            q_prepared, k_prepared = _prepare(q_prologue, q, variant), _prepare(k_prologue, k, variant)
+            variant = variant_of(q.shape[3], q.dtype, format)
+            q_prepared, k_prepared = prepare(q_prologue, q, variant), prepare(k_prologue, k, variant)
             if launches is None:
-                as_is = _addresses(q_prologue), _addresses(k_prologue)
+                as_is = addresses_of(q_prologue), addresses_of(k_prologue)
                 launches = _Launches(
                     _quantize_launch(k, v, k_prepared, format),
                     _attend_launch(q, k, out, q_prepared, scale, is_causal, causal_offset, format),
-                    copies=as_is != (_addresses(q_prepared.prologue), _addresses(k_prepared.prologue)),
+                    copies=as_is != (addresses_of(q_prepared.prologue), addresses_of(k_prepared.prologue)),
                 )
             q_prologue, k_prologue = q_prepared.prologue, k_prepared.prologue
         stream = torch.cuda.current_stream(q.device.index).cuda_stream
-        q_tables, k_tables = _addresses(q_prologue), _addresses(k_prologue)
+        q_tables, k_tables = addresses_of(q_prologue), addresses_of(k_prologue)
         tiles = _quantize(launches.quantize, k, v, k_tables, stream)
         flags = _attend(launches.attend, q, out, tiles, q_tables, stream, overlap=True)
         if launches.repeat_exact is not None:
@@ -233,36 +138,24 @@ def _prologue_facts(x: Prologue | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.eps, x.rope, _facts(x.weight), _facts(x.cos), _facts(x.sin))
 
 
-def _addresses(prologue: Prologue | None) -> tuple[int, int, int]:
-    """Of weight, cos and sin; 0 where there is none."""
-    if prologue is None:
-        return 0, 0, 0
-    weight, cos, sin = prologue.weight, prologue.cos, prologue.sin
-    return (
-        0 if weight is None else weight.data_ptr(),
-        0 if cos is None else cos.data_ptr(),
-        0 if sin is None else sin.data_ptr(),
-    )
-
-
 def quantize(k: torch.Tensor, v: torch.Tensor, *, format: str) -> torch.Tensor:
     """The tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
     with torch.cuda.device_of(k):
         stream = torch.cuda.current_stream(k.device.index).cuda_stream
-        return _quantize(_quantize_launch(k, v, _NOTHING, format), k, v, _addresses(None), stream)
+        return _quantize(_quantize_launch(k, v, NOTHING, format), k, v, addresses_of(None), stream)
 
 
-def _quantize_launch(k: torch.Tensor, v: torch.Tensor, prepared: _Prepared, format: str) -> _Launch:
+def _quantize_launch(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str) -> _Launch:
     _, heads, length, head_dim = k.shape
-    variant = _variant(head_dim, k.dtype, format)
-    shape = _tiles_shape(k, variant)
+    variant = variant_of(head_dim, k.dtype, format)
+    shape = tiles_shape(k, variant)
     count = shape[0] * shape[1]
     index = k.device.index
     kernel = _quantize_kernel(variant, prepared.defines, index)
     blocks = 2 * _multiprocessors(index)
     k_blocks = min(count, round(blocks * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
-        _tensor(k, variant), _tensor(v, variant), prepared.parameters, 0,
+        tensor_of(k, variant), tensor_of(v, variant), prepared.parameters, 0,
         heads, length, head_dim, shape[1], count, k_blocks,
     )  # fmt: skip
     return _Launch(kernel, k_blocks + min(count, blocks - k_blocks), parameters, shape)
@@ -294,13 +187,13 @@ def attend(
     """`attention` on what `quantize` made of k and v, which are read again only for rows that 8 bits cannot hold."""
     check(q, k, v, out, format, FORMATS, max_head_dim=128)
     _check_limits(q, k)
-    shape = _tiles_shape(k, _variant(k.shape[3], k.dtype, format))
+    shape = tiles_shape(k, variant_of(k.shape[3], k.dtype, format))
     if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
         raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
-        launch = _attend_launch(q, k, out, _NOTHING, scale, is_causal, 0, format)
+        launch = _attend_launch(q, k, out, NOTHING, scale, is_causal, 0, format)
         stream = torch.cuda.current_stream(q.device.index).cuda_stream
-        flags = _attend(launch, q, out, quantized, _addresses(None), stream, overlap=False)
+        flags = _attend(launch, q, out, quantized, addresses_of(None), stream, overlap=False)
         _exact(q, k, v, out, flags, scale, is_causal, 0, None, None)
 
 
@@ -308,21 +201,21 @@ def _attend_launch(
     q: torch.Tensor,
     k: torch.Tensor,
     out: torch.Tensor,
-    prepared: _Prepared,
+    prepared: Prepared,
     scale: float,
     is_causal: bool,
     causal_offset: int,
     format: str,
 ) -> _Launch:
     batch, heads, q_len, head_dim = q.shape
-    variant = _variant(head_dim, q.dtype, format)
+    variant = variant_of(head_dim, q.dtype, format)
     index = q.device.index
     consumers, processors = variant.schedule.consumers, _multiprocessors(index)
     cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
     parameters = AttendParameters(
-        _tensor(q, variant), _tensor(out, variant), prepared.parameters, 0, 0,
+        tensor_of(q, variant), tensor_of(out, variant), prepared.parameters, 0, 0,
         batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, min(causal_offset, k.shape[2]),
-        *cut, _tiles_shape(k, variant)[1], scale * LOG2E, 0,
+        *cut, tiles_shape(k, variant)[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
     kernel = _attend_kernel(variant, is_causal, prepared.defines, index)
@@ -370,52 +263,6 @@ def _exact(
     )  # fmt: skip
 
 
-def _prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> _Prepared:
-    """As the kernels that read x take it; ValueError where they cannot. Before any launch: it may copy."""
-    if prologue is None:
-        return _NOTHING
-    batch, _, length, head_dim = x.shape
-    weight = None if prologue.eps is None else prologue.weight
-    cos, sin = (prologue.cos, prologue.sin) if prologue.rope != "none" else (None, None)
-    if head_dim != variant.head_dim:
-        raise ValueError(f"head_dim {head_dim}: a prologue needs 64, 96 or 128")
-    if weight is not None and weight.shape != (head_dim,):
-        raise ValueError(f"weight {tuple(weight.shape)}: needs ({head_dim},)")
-    for table in (cos, sin):
-        if table is not None and table.shape not in ((1, length, head_dim), (batch, length, head_dim)):
-            raise ValueError(f"cos or sin {tuple(table.shape)}: needs (1 or {batch}, {length}, {head_dim})")
-    weight, cos, sin = (None if tensor is None else _readable(tensor) for tensor in (weight, cos, sin))
-    strides: tuple[int, ...] = (0, 0)
-    if cos is not None and sin is not None:
-        if cos.shape != sin.shape or cos.dtype != sin.dtype:
-            raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: need them alike")
-        if table_strides(cos) != table_strides(sin):
-            cos, sin = cos.contiguous(), sin.contiguous()
-        strides = tuple(stride * cos.element_size() for stride in table_strides(cos))
-    defines = (
-        ("NORM", prologue.eps is not None),
-        ("NO_WEIGHT", _NO_WEIGHT),
-        ("WEIGHT", _NO_WEIGHT if weight is None else _DTYPES[weight.dtype]),
-        ("ROPE", ROPES.index(prologue.rope)),
-        ("TABLE", 0 if cos is None else _DTYPES[cos.dtype]),
-    )
-    prepared = replace(prologue, weight=weight, cos=cos, sin=sin)
-    parameters = PrologueParameters(*_addresses(prepared), *strides, prologue.eps or 0.0)
-    return _Prepared(parameters, defines, prepared)
-
-
-_NOTHING = _prepare(Prologue(), torch.empty(1, 1, 1, 64), Variant(64, torch.float16, True))._replace(prologue=None)
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy in a dtype of the kernels in which every row starts at a multiple of 16 bytes, channels adjacent."""
-    x = x if x.dtype in _DTYPES else x.float()
-    size = x.element_size()
-    strides = [stride * size for length, stride in zip(x.shape[:-1], x.stride(), strict=False) if length > 1]
-    fine = x.stride(-1) == 1 and all(byte % 16 == 0 for byte in (x.data_ptr(), *strides))
-    return x if fine else x.clone(memory_format=torch.contiguous_format)
-
-
 def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
     """What the kernels count in 32 bits, and that the tensors are where they can be read."""
     if q.device.type != "cuda":
@@ -424,31 +271,6 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}: need fewer than 2^31 tokens in both, and blocks of 64 queries"
         )
-
-
-def _tiles_shape(k: torch.Tensor, variant: Variant) -> tuple[int, int, int]:
-    return k.shape[0] * k.shape[1], -(-k.shape[2] // TILE), variant.k_bytes + variant.v_bytes
-
-
-@cache
-def _variant(head_dim: int, dtype: torch.dtype, format: str) -> Variant:
-    return Variant(next(width for width in (64, 96, 128) if head_dim <= width), dtype, format == "qk_int8_pv_fp8")
-
-
-def _tensor(x: torch.Tensor, variant: Variant) -> Tensor:
-    *strides, rows_aligned = _layout(x.shape, x.stride(), x.element_size(), variant.head_dim)
-    address = x.data_ptr()
-    return Tensor(address, *strides, rows_aligned and address % 16 == 0)
-
-
-@lru_cache(4096)
-def _layout(shape: tuple[int, ...], strides: tuple[int, ...], size: int, width: int) -> tuple[int, int, int, int, bool]:
-    """Strides in bytes, 0 where there is one entry; whether rows are of `width` elements, aligned to 16 bytes."""
-    batch, head, token = (
-        stride * size if length > 1 else 0 for length, stride in zip(shape[:3], strides, strict=False)
-    )
-    channel = strides[3] * size
-    return batch, head, token, channel, shape[3] == width and channel == size and (batch | head | token) % 16 == 0
 
 
 @cache
