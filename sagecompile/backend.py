@@ -107,8 +107,9 @@ def measurements(device: str, cuda_graphs: bool) -> Local:
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Run `model(*args, **kwargs)` once and report every attention call: used or kept, and why.
 
-    What torch.compile returned with `backend="sage_inductor"` is explained with the mode and options it was given,
-    anything else with those of the environment. What runs are the model's own graphs, not the rewritten ones.
+    What torch.compile returned with `backend="sage_inductor"` is explained with the mode, options and `dynamic` it was
+    given, anything else with those of the environment. Without `dynamic` it is of these sizes, whatever was seen before.
+    What runs are the model's own graphs, not the rewritten ones.
     """
     return explain_with(_options_of(model), model, args, kwargs)
 
@@ -116,7 +117,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 def explain_with(
     given: Mapping[str, Any], model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Report:
-    """`explain` with torch.compile's `mode` and `options` given."""
+    """`explain` with torch.compile's `mode`, `options` and `dynamic` given."""
     ours, inductor_options = settings.resolve(given.get("options"))
     decision = decider(ours, _is_captured(ours, _inductor(given.get("mode"), inductor_options)))
     found = Report(graphs=0)
@@ -137,12 +138,12 @@ def explain_with(
 
     # Dynamo keeps what it compiled with the code object: one of its own leaves the model's and its limits alone.
     run.__code__ = run.__code__.replace()
-    torch.compile(run, backend=look)(*args, **kwargs)
+    torch.compile(run, backend=look, dynamic=bool(given.get("dynamic")))(*args, **kwargs)
     return found
 
 
 def _options_of(model: Any) -> dict[str, Any]:
-    """The `mode` and `options` that torch.compile was given with our backend, {} for any other model.
+    """The `mode`, `options` and `dynamic` that torch.compile was given with our backend, {} for any other model.
 
     A compiled module keeps them in its context; a compiled function, and what Module.compile() made, in the closure.
     """
@@ -153,7 +154,7 @@ def _options_of(model: Any) -> dict[str, Any]:
         while backend is not None and getattr(backend, "compiler_fn", None) is not sage_inductor:
             backend = getattr(backend, "_torchdynamo_orig_backend", None)
         if backend is not None:
-            return dict(backend.kwargs)
+            return {**backend.kwargs, "dynamic": getattr(context, "_dynamic", None)}
     return {}
 
 

@@ -6,7 +6,7 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .cost import NEAR, Alternative, Measures, Prediction, predict
@@ -79,6 +79,7 @@ def decide(
     for refusal in _site_limits(site):
         return Keep(refusal)
     refusals: list[str] = []
+    never_wins: dict[str, str] = {}
     candidates: list[Use] = []
     auto = settings.policy == "auto"
     known = local.recall(site) if auto and local else {}
@@ -88,7 +89,11 @@ def decide(
             refusals.append(limit)
             continue
         for provider in PROVIDERS.values():
-            if name in provider.formats and _is_for(provider, device) and (provider.may_win or not auto):
+            if name not in provider.formats or not _is_for(provider, device):
+                continue
+            if auto and not provider.may_win:
+                never_wins[name] = provider.name
+            else:
                 wanted = (site, name, provider.name, device, settings.min_speedup, cuda_graphs)
                 prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
                 fused = site.prologue if site.prologues and fuses((name, provider.name), site.head_dim) else ""
@@ -109,7 +114,16 @@ def decide(
         return _if_long_enough(chosen, site)
     refusals += [reason for reason in refused.values() if reason is not None]
     refusals += [chosen.reason] if chosen else []
-    return Keep("; ".join(dict.fromkeys(refusals)) or f"device {device.type}: no provider runs on it")
+    refusals += [f"device {device.type}: {_no_candidate(never_wins)}"] if not refusals else []
+    return Keep("; ".join(dict.fromkeys(refusals)))
+
+
+def _no_candidate(never_wins: Mapping[str, str]) -> str:
+    """`never_wins`: by format the provider that runs it, but slowly."""
+    if not never_wins:
+        return "no provider runs on it"
+    runs = " and ".join(f"{format} by {provider}" for format, provider in never_wins.items())
+    return f"only {runs}, which never wins: sage.policy=always uses it"
 
 
 def _is_for(provider: Provider, device: Device) -> bool:

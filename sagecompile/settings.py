@@ -6,8 +6,9 @@ In: `options={"sage.policy": ...}` of torch.compile and the environment (`SAGECO
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class Settings:
         for name in self.formats:
             if name not in FORMATS:
                 raise OptionError(f"sage.formats has {name!r}; known formats are {', '.join(FORMATS)}")
-        if not self.min_speedup > 0:
+        if not 0 < self.min_speedup < math.inf:
             raise OptionError(f"sage.min_speedup is {self.min_speedup}; it is a ratio above 0, such as 1.05")
 
     def updated(self, values: Mapping[str, Any], named: str) -> Settings:
@@ -63,6 +64,8 @@ class Settings:
 def _parse(name: str, value: Any) -> Any:
     if name == "formats":
         names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, Iterable):
+            raise OptionError(f"sage.formats is {value!r}; it is a list or text such as {','.join(FORMATS)}")
         return tuple(str(item).strip() for item in names)
     if name == "min_speedup":
         try:

@@ -89,6 +89,14 @@ def test_a_kernel_that_cannot_be_built_is_a_keep_with_its_message():
     assert decision == Keep("triton failed: CompilationError: no such instruction")
 
 
+def test_what_only_the_reference_runs_is_kept_with_what_to_set():
+    site, cpu = replace(SITE, device="cpu"), Device("cpu", "some CPU")
+    kept = decide(site, cpu, Settings(formats=("qk_int8_pv_fp8",)), runs)
+    reference = "qk_int8_pv_fp8 by reference"
+    assert kept == Keep(f"device cpu: only {reference}, which never wins: sage.policy=always uses it")
+    assert isinstance(decide(site, cpu, Settings("always", ("qk_int8_pv_fp8",)), runs), Use)
+
+
 def test_auto_keeps_what_was_not_measured(monkeypatch):
     monkeypatch.setattr(module, "predict", lambda *_: None)
     decision = decide(SITE, H200, Settings(), runs)

@@ -109,7 +109,24 @@ def test_explain_takes_the_options_of_module_compile():
 
 def test_explain_can_be_called_again_and_again():
     for length in range(10, 30):  # more often than Dynamo's recompile limit
-        assert len(explain(attend, torch.randn(1, 2, length, 64)).entries) == 1
+        (found,) = explain(attend, torch.randn(1, 2, length, 64)).entries
+        assert found.site.q_len == length, "what was seen before makes nothing dynamic"
+
+
+@pytest.mark.parametrize("what", ["a module", "a function", "Module.compile"])
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_explain_is_as_dynamic_as_the_compiled_model(what, dynamic):
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return attend(q)
+
+    model = attend if what == "a function" else Model()
+    compiled = torch.compile(model, backend="sage_inductor", dynamic=dynamic)
+    if what == "Module.compile":
+        model.compile(backend="sage_inductor", dynamic=dynamic)
+        compiled = model
+    (found,) = explain(compiled, torch.randn(1, 2, 64, 64)).entries
+    assert isinstance(found.site.q_len, int) == (not dynamic)
 
 
 def test_explain_of_a_symbolic_length_says_so():

@@ -43,6 +43,8 @@ def test_formats_as_text_or_sequence(given):
         ({"sage.min_speedup": "fast"}, "'fast'; it is a number such as 1.05"),
         ({"sage.min_speedup": 0}, "a ratio above 0"),
         ({"sage.min_speedup": float("nan")}, "a ratio above 0"),
+        ({"sage.min_speedup": "inf"}, "a ratio above 0"),
+        ({"sage.formats": 3}, "sage.formats is 3; it is a list or text such as qk_int8_pv_fp16,"),
         ({"sage.cuda_graphs": "sometimes"}, r"sage\.cuda_graphs is 'sometimes'; it can be true"),
     ],
 )

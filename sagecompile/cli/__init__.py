@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sagecompile", description="See what sagecompile does to a model, and what this machine can run."
     )
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    subparsers = parser.add_subparsers(required=True, metavar=f"{{{','.join(names)}}}")
     for command in COMMANDS:
         assert command.__doc__ is not None
         sub = subparsers.add_parser(

@@ -11,9 +11,11 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product, starmap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sagecompile.errors import SageCompileError
@@ -104,9 +106,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = device_of(arguments)
     facts = machine(device)
-    with torch.no_grad():
-        measured = _measure(str(device), arguments.again)
-        prologues = _prologues(device, measured)
+    file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
+    try:
+        _try_to_write(file.parent)
+    except OSError as error:
+        if not arguments.share:
+            raise SageCompileError(
+                f"cannot write to {file.parent} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be "
+                "written, or --share to have the profile printed alone"
+            ) from error
+    try:
+        with torch.no_grad():
+            measured = _measure(str(device), arguments.again)
+            prologues = _prologues(device, measured)
+    except KeyboardInterrupt as stop:
+        raise SageCompileError("stopped: run it again, it goes on where it was") from stop
     points = [
         Point(_family(site), site.batch * site.heads, site.q_len, {name: time.device for name, time in times.items()})
         for site, times in measured.items()
@@ -115,17 +129,21 @@ def run(arguments: argparse.Namespace) -> int:
     if not points:
         raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
     text = render(to_json(facts, points, _launches(measured), prologues))
-    file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
+    if arguments.share:
+        print(text, end="")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     except OSError as error:
         raise SageCompileError(f"cannot write {file}: {error.strerror}; --share prints the profile") from error
-    finally:
-        if arguments.share:
-            print(text, end="")
     print(f"{len(points)} shapes of {facts['device']} in {file}: policy=auto uses them from now on", file=sys.stderr)
     return 0
+
+
+def _try_to_write(folder: Path) -> None:
+    """OSError where a profile could not be kept: before the minutes that it takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
@@ -161,10 +179,9 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
     sites = [(one, runners) for one, runners in able.items() if runners]
     times: list[dict[str, Time]] = [{} for _ in sites]
     for turn, (which, (one, runners)) in product(range(grid.turns), enumerate(sites)):
-        done = turn * len(sites) + which
-        if done % 10 == 0:
-            total = f"{done} of {grid.turns * len(sites)}"
-            print(f"\rcalibrating {available.device(device).name}: {total} shapes", end="", file=sys.stderr)
+        if which % 10 == 0:
+            done = f"{which} of {len(sites)} shapes" + (f", turn {turn + 1} of {grid.turns}" if grid.turns > 1 else "")
+            print(f"\rcalibrating {available.device(device).name}: {done}   ", end="", file=sys.stderr)
         key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
         found = store.recall(key)
         if found is None:

@@ -99,11 +99,20 @@ class TestCalibrate:
         site = replace(site, prologues=(calibrate.PROLOGUES[1],) * 2)
         assert cost.beyond_a_copy_us(site, 4, available.device("cpu").name) == pytest.approx(128e6)
 
-    def test_a_folder_that_cannot_be_used_is_named(self, monkeypatch, tmp_path, capsys):
+    def test_a_folder_that_cannot_be_used_is_named(self, kernel, monkeypatch, tmp_path, capsys):
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         assert main(["calibrate", "--device", "cpu"]) == 2
-        assert "--share prints the profile" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "set XDG_CACHE_HOME" in said and "--share" in said and not kernel, "nothing was measured in vain"
+
+    def test_one_that_is_stopped_says_how_to_go_on(self, monkeypatch, capsys):
+        def race(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("sagecompile.cost.local.race", race)
+        assert main(["calibrate", "--device", "cpu"]) == 2
+        assert "stopped: run it again, it goes on where it was" in capsys.readouterr().err
 
     def test_a_machine_without_kernels_is_told_where_to_look(self, monkeypatch, capsys):
         monkeypatch.setattr(available, "refusal", lambda *_, **__: "no compiler")

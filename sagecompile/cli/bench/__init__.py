@@ -20,7 +20,7 @@ MODELS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benchmarks = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+    benchmarks = parser.add_subparsers(required=True, metavar=f"{{{','.join(BENCHMARKS)}}}", dest="what")
     for name, add in BENCHMARKS.items():
         text = inspect.cleandoc(add.__doc__ or "")
         sub = benchmarks.add_parser(
