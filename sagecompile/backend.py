@@ -108,7 +108,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Run `model(*args, **kwargs)` once and report every attention call: used or kept, and why.
 
     What torch.compile returned with `backend="sage_inductor"` is explained with the mode, options and `dynamic` it was
-    given, anything else with those of the environment. Without `dynamic` it is of these sizes, whatever was seen before.
+    given, anything else with those of the environment. Without `dynamic` it is of these sizes, whatever came before.
     What runs are the model's own graphs, not the rewritten ones.
     """
     return explain_with(_options_of(model), model, args, kwargs)
