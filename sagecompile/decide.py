@@ -148,9 +148,9 @@ def _fastest(
     runs: Callable[[Use], bool],
     local: Measures | None,
 ) -> Use | Keep | None:
-    """Of those that run the one with the largest speed-up of at least `min_speedup`, the first of equal ones.
+    """Of those that run the one with the largest speed-up of at least `min_speedup` (less NOISE where it was measured),
+    the first of equal ones.
 
-    Of a measured one NOISE is taken off what is asked for.
     Of what another candidate beats only a prediction is looked at. With `local`, what is not sure is measured first.
     """
     left, measured, why_not = list(candidates), set[Alternative](), ""

@@ -21,8 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sagecompile", description="See what sagecompile does to a model, and what this machine can run."
     )
-    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
-    subparsers = parser.add_subparsers(required=True, metavar=f"{{{','.join(names)}}}")
+    subparsers = parser.add_subparsers(required=True)
     for command in COMMANDS:
         assert command.__doc__ is not None
         sub = subparsers.add_parser(

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,15 +204,18 @@ def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[st
 
     from .bench.prologues import copy_us
 
-    fused = [site for site in measured if site.prologues and replace(site, prologues=None) in measured]
-    copies = _by_inductor(device) if fused else {}
+    copied_us = cache(partial(copy_us, device))
+    copies = _by_inductor(device) if any(site.prologues for site in measured) else {}
     found: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
-    for site in fused:
-        kind, size = site.prologues[0].kind, site.batch * site.heads * site.q_len  # type: ignore[index]
-        plain, size_bytes = measured[replace(site, prologues=None)], 2 * size * site.head_dim
-        added = {name: max(0.01, time.device - plain[name].device) for name, time in measured[site].items()}
-        added[COPY] = 2 * copy_us(device, size_bytes)
-        added[SDPA] = 2 * copy_us(device, int(copies[kind] * size_bytes))
+    for site, times in measured.items():
+        plain = measured.get(replace(site, prologues=None))
+        if site.prologues is None or plain is None:
+            continue
+        kind, size = site.prologues[0].kind, site.batch * site.heads * site.q_len
+        size_bytes = 2 * size * site.head_dim
+        added = {name: max(0.01, time.device - plain[name].device) for name, time in times.items()}
+        added[COPY] = 2 * copied_us(size_bytes)
+        added[SDPA] = 2 * copied_us(int(copies[kind] * size_bytes))
         for name, us in added.items():
             found.setdefault((kind, site.head_dim), {}).setdefault(name, []).append((size, us))
     return PrologueCosts(

@@ -101,7 +101,7 @@ def render(found: dict[str, Any]) -> str:
             )
         else:
             lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it;")
-            lines.append("  `sagecompile calibrate` measures a grid of them in two or three minutes")
+            lines.append("  `sagecompile calibrate` measures a grid of them in a minute or two")
         lines += [
             f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"
             for row in device["formats"]

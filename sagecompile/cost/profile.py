@@ -147,15 +147,14 @@ class Profile:
         found = self._device_us(self._of(family, alternative, length % ROUND == 0), heads, length)
         if found is None:
             return None
-        names = SDPA, alternative
-        added = [0.0, 0.0]
-        if making is not None and self.knows(making, alternative):
-            added = [self.prologues.added(making, name, heads, length) for name in names]
-        launches = [
-            self.launch_us.get(launched(name, making is not None), self.launch_us.get(name, 0.0)) for name in names
-        ]
-        sdpa, other = (Time(*time) for time in zip(map(sum, zip(found, added, strict=True)), launches, strict=True))
-        return sdpa, other
+        counted = making if making is not None and self.knows(making, alternative) else None
+
+        def time(name: str, device_us: float) -> Time:
+            added = self.prologues.added(counted, name, heads, length) if counted else 0.0
+            plain = self.launch_us.get(name, 0.0)
+            return Time(device_us + added, self.launch_us.get(launched(name, making is not None), plain))
+
+        return time(SDPA, found[0]), time(alternative, found[1])
 
     def knows(self, making: Making, alternative: str) -> bool:
         """Whether what these prologues add was measured, in front of SDPA and in the alternative."""

@@ -103,6 +103,7 @@ def attention(
     if launches is None:
         check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
         _check_limits(q, k)
+    ahead = min(causal_offset, k.shape[2])
     with torch.cuda.device_of(q):
         if launches is None or launches.copies:
             variant = variant_of(q.shape[3], q.dtype, format)
@@ -111,7 +112,7 @@ def attention(
                 as_is = addresses_of(q_prologue), addresses_of(k_prologue)
                 launches = _Launches(
                     _quantize_launch(k, v, k_prepared, format),
-                    _attend_launch(q, k, out, q_prepared, scale, is_causal, causal_offset, format),
+                    _attend_launch(q, k, out, q_prepared, scale, is_causal, ahead, format),
                     copies=as_is != (addresses_of(q_prepared.prologue), addresses_of(k_prepared.prologue)),
                 )
             q_prologue, k_prologue = q_prepared.prologue, k_prepared.prologue
@@ -123,7 +124,7 @@ def attention(
             addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), flags.data_ptr()
             launches.repeat_exact(addresses, q_tables, k_tables, stream)
         else:
-            launches.repeat_exact = _exact(q, k, v, out, flags, scale, is_causal, causal_offset, q_prologue, k_prologue)
+            launches.repeat_exact = _exact(q, k, v, out, flags, scale, is_causal, ahead, q_prologue, k_prologue)
             if len(_known) >= _MOST_KNOWN:
                 _known.clear()
             _known[facts] = launches
@@ -204,7 +205,7 @@ def _attend_launch(
     prepared: Prepared,
     scale: float,
     is_causal: bool,
-    causal_offset: int,
+    ahead: int,
     format: str,
 ) -> _Launch:
     batch, heads, q_len, head_dim = q.shape
@@ -214,7 +215,7 @@ def _attend_launch(
     cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
     parameters = AttendParameters(
         tensor_of(q, variant), tensor_of(out, variant), prepared.parameters, 0, 0,
-        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, min(causal_offset, k.shape[2]),
+        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, ahead,
         *cut, tiles_shape(k, variant)[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
@@ -251,7 +252,7 @@ def _exact(
     flags: torch.Tensor,
     scale: float,
     is_causal: bool,
-    causal_offset: int,
+    ahead: int,
     q_prologue: Prologue | None,
     k_prologue: Prologue | None,
 ) -> Repeat | None:
@@ -259,7 +260,7 @@ def _exact(
 
     return recompute_flagged(
         q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
-        causal_offset=min(causal_offset, k.shape[2]), q_prologue=q_prologue, k_prologue=k_prologue, overlap=True,
+        causal_offset=ahead, q_prologue=q_prologue, k_prologue=k_prologue, overlap=True,
     )  # fmt: skip
 
 
