@@ -95,15 +95,14 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
     return tuple(order) if tensor(argument(node, 0, "input")) is not None else None
 
 
-def changed_between(first: fx.Node, last: fx.Node, operand: Operand) -> fx.Node | None:
-    """A call after `first` and before `last` that may change the operand in place."""
-    found = tensor(operand.node)
-    memory = storage(found) if found is not None else None
+def changed_between(first: fx.Node, last: fx.Node, *nodes: fx.Node) -> fx.Node | None:
+    """A call after `first` and before `last` that may change what one of `nodes` holds in place."""
+    memories = {None if (found := tensor(node)) is None else storage(found) for node in nodes}
     node = first.next
     while node is not last and node.op != "root":
         if mutates(node):
             changed = {storage(item) for item in written(node)}
-            if memory is None or memory in changed or None in changed or not changed:
+            if None in memories | changed or memories & changed or not changed:
                 return node
         node = node.next
     return None
@@ -117,7 +116,7 @@ def undo_repeats(k: Operand, v: Operand, anchor: fx.Node) -> tuple[Operand, Oper
     base_k, base_v = _undo_repeat(k), _undo_repeat(v)
     if base_k is None or base_v is None or str(base_k.shape[1]) != str(base_v.shape[1]):
         return k, v
-    if changed_between(k.node, anchor, base_k) or changed_between(v.node, anchor, base_v):
+    if changed_between(k.node, anchor, base_k.node) or changed_between(v.node, anchor, base_v.node):
         return k, v
     return base_k, base_v
 

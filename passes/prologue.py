@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_flatten
 
 from sagecompile import site
 
@@ -29,6 +30,8 @@ WRITTEN = (
     "linear matmul __matmul__ mm bmm addmm baddbmm einsum conv1d conv2d conv3d _scaled_mm scaled_mm _int_mm"
 ).split()
 """Calls whose result Inductor writes to memory, and does not compute where it is read."""
+PURE = "cos sin mul multiply add sub neg cat concat concatenate stack repeat_interleave repeat expand getitem".split()
+"""Besides VIEWS and CASTS: calls that give the same for the same, under autocast or not."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,14 @@ def recognise(
     if autocast_is_on(anchor, found.device.type):
         return None
     q_made, k_made = (_recognise(operand, anchor, others) for operand in (q, k))
-    if q_made.tables and k_made.tables and not all(map(_same_memory, q_made.tables, k_made.tables)):
+    if (
+        q_made.tables
+        and k_made.tables
+        and not all(
+            _same_memory(of_q.node, of_k.node) or _same_formula(of_q.node, of_k.node, anchor)
+            for of_q, of_k in zip(q_made.tables, k_made.tables, strict=True)
+        )
+    ):
         k_made = Prologue(peel(k))
     return None if q_made.is_empty and k_made.is_empty else (q_made, k_made)
 
@@ -91,7 +101,7 @@ def _recognise(given: Operand, anchor: fx.Node, others: set[fx.Node]) -> Prologu
         and _in_memory(found.source.node, others)
         and list(map(str, found.source.sizes)) == list(map(str, given.sizes))
         and _keeps_dtypes(given.node, found)
-        and not any(changed_between(found.source.node, anchor, Operand(read, ())) for read in _reads(found))
+        and not changed_between(found.source.node, anchor, *_reads(found))
         and _is_only_for(_between(given.node, found), anchor)
     )
     return found if understood else Prologue(peel(given))
@@ -175,9 +185,34 @@ def _is_foreign(node: fx.Node) -> bool:
     return not any(getattr(packet, name).has_kernel_for_dispatch_key(composite) for name in packet.overloads())
 
 
-def _same_memory(a: Operand, b: Operand) -> bool:
+def _same_formula(a: fx.Node, b: fx.Node, anchor: fx.Node) -> bool:
+    """Whether both are computed alike from the same nodes, and nothing of that is changed before `anchor`.
+
+    Some models take the cosines of the same angles for q and once more for k.
+    """
+    alike: set[tuple[fx.Node, fx.Node]] = set()
+    waiting = [(a, b)]
+    while waiting:
+        one, other = waiting.pop()
+        if one is other or (one, other) in alike:
+            continue
+        alike.add((one, other))
+        calls_alike = (one.op, one.target) == (other.op, other.target) and calls(one, *VIEWS, *CASTS, *PURE)
+        arguments, shapes = zip(*(tree_flatten((node.args, node.kwargs)) for node in (one, other)), strict=True)
+        if not calls_alike or mutates(one) or shapes[0] != shapes[1]:
+            return False
+        for mine, theirs in zip(*arguments, strict=True):
+            if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node):
+                waiting.append((mine, theirs))
+            elif type(mine) is not type(theirs) or mine != theirs:
+                return False
+    computed = set(chain(*alike))
+    return not changed_between(min(computed), anchor, *computed, *chain(*(node.all_input_nodes for node in computed)))
+
+
+def _same_memory(a: fx.Node, b: fx.Node) -> bool:
     """Whether two tensors are the same elements of the same memory in the same order."""
-    one, other = tensor(a.node), tensor(b.node)
+    one, other = tensor(a), tensor(b)
     assert one is not None and other is not None
     if storage(one) is None or storage(one) != storage(other) or one.dtype != other.dtype:
         return False

@@ -66,7 +66,7 @@ def _match(scores: Contraction, weighted: Contraction, roles: Roles, walk: _Walk
     if raw.dtype != out.dtype:
         walk.blocked(f"scores in {raw.dtype}, result in {out.dtype}: needs one dtype".replace("torch.", ""))
     for operand in (q, k):  # read at the scores by the model, at the result by the op
-        changed = changed_between(scores.node, weighted.node, operand)
+        changed = changed_between(scores.node, weighted.node, operand.node)
         if changed is not None:
             walk.blocked(f"in-place {changed.name}: needs q and k unchanged between the scores and the result")
     site = make_site(

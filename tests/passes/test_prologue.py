@@ -429,6 +429,33 @@ def test_q_and_k_of_other_tables() -> None:
     assert fused(other_rows_of_one_table, *projected(), *tables(length=2 * N)) == "Q-RoPE"
 
 
+COMPUTED_TWICE: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], str]] = {
+    "cos and sin": (lambda angles, which: (angles.cos(), angles.sin()), "RoPE"),
+    "of halves": (lambda angles, which: ((a := torch.cat([angles[..., :32]] * 2, -1)).cos(), 0.5 * a.sin()), "RoPE"),
+    "in another dtype": (lambda angles, which: (angles.float().cos()[:, :N], angles.sin().to(angles.dtype)), "RoPE"),
+    "another factor": (lambda angles, which: ((angles * (1 + which)).cos(), angles.sin()), "Q-RoPE"),
+    "another slice": (
+        lambda angles, which: (angles.cos(), (angles.repeat(1, 2, 1)[:, which : N + which]).sin()),
+        "Q-RoPE",
+    ),
+    "another function": (lambda angles, which: (angles.cos(), (angles.cos if which else angles.sin)()), "Q-RoPE"),
+    "not known to give the same again": (lambda angles, which: (angles.cos(), angles.tanh()), "Q-RoPE"),
+    "changed in between": (lambda angles, which: (angles.mul_(1 + which), (angles.cos(), angles.sin()))[1], "Q-RoPE"),
+}
+
+
+@pytest.mark.usefixtures("not_quantized")
+@pytest.mark.parametrize("name", COMPUTED_TWICE)
+def test_tables_that_q_and_k_compute_each(name: str) -> None:
+    tables_of, expected = COMPUTED_TWICE[name]
+
+    def model(q: Tensor, k: Tensor, v: Tensor, angles: Tensor) -> Tensor:
+        q, k = (turn(x, *tables_of(angles, which), pairs(x)) for which, x in enumerate((q, k)))
+        return attend(q, k, v)
+
+    assert fused(model, *projected(), torch.randn(1, N, D)) == expected
+
+
 @pytest.mark.usefixtures("not_quantized")
 def test_a_cast_reads_only_a_dtype_of_its_second_tensor() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
