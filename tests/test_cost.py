@@ -12,7 +12,7 @@ import torch
 
 from sagecompile import cost
 from sagecompile.cost import timer
-from sagecompile.cost.profile import SCHEMA, Family, Point, Profile, crossing_of, to_json
+from sagecompile.cost.profile import SCHEMA, Family, Point, Profile, Time, averaged, crossing_of, to_json
 from sagecompile.cost.prologues import SDPA, Making, PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
@@ -270,6 +270,17 @@ def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
     rounds = "".join(ran).removesuffix("|").split("|")[1:]
     assert rounds == ["a", "b"] * (len(rounds) // 2) and timer.LEAST_LAUNCHES <= len(rounds) // 2 <= timer.MOST_LAUNCHES
     assert found["a"] >= 3000 > found["b"] >= 1000
+
+
+def test_what_slows_all_for_a_while_keeps_the_ratio():
+    races = [
+        {SDPA: Time(100.0, 1.0), "a": Time(50.0, 2.0)},
+        {SDPA: Time(400.0, 3.0), "a": Time(200.0, 2.0)},
+        {"b": Time(7.0)},
+    ]
+    found = averaged(races)
+    assert {name: time.device for name, time in found.items()} == pytest.approx({SDPA: 200, "a": 100, "b": 7})
+    assert found[SDPA].launch == found["a"].launch == 2
 
 
 @pytest.mark.parametrize(("heads", "kv_share", "us"), [(1, 1, 2), (8, 1, 8), (4, 1, 4), (64, 1, 48), (8, 0.25, 5)])

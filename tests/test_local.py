@@ -149,7 +149,12 @@ class TestBusyCpu:
     def test_that_comes_to_rest_is_measured(self, races, monkeypatch):
         race, slowed = local.race, [{"sdpa": Time(500.0)}, {}]
         monkeypatch.setattr(local, "race", lambda *args: race(*args) | slowed.pop(0))
-        assert machine().measure(self.SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == 3.0 and len(races) == 2
+        assert machine().measure(self.SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == pytest.approx(3.0)
+        assert len(races) == 2
+
+    def test_counts_as_much_as_the_profile(self, races):
+        faster = {ACCURATE: replace(self.QUIET, calibrated=(Time(300.0), Time(81.0)))}
+        assert machine().measure(self.SITE, faster)[ACCURATE].speedup == pytest.approx(3.0 / 0.9)
 
     def test_without_a_profile_of_its_own_is_believed(self, races):
         assert machine().measure(self.SITE, {ACCURATE: Prediction(9.0, "shipped")})[ACCURATE].speedup == 3.0

@@ -44,7 +44,7 @@ class Grid:
     """Round ones, and others between them."""
     flops: float
     turns: int
-    """How often all of it is measured. The fastest counts: what else runs on a CPU only slows, and not for long."""
+    """How often all of it is measured, for the mean: what else runs on a CPU comes and goes."""
     budget_s: float
     """Of timing for one shape, about; at least three runs of each alternative."""
 
@@ -155,7 +155,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
     from sagecompile.backend import measurements
     from sagecompile.cost import store
     from sagecompile.cost.local import race
-    from sagecompile.cost.profile import Time, fastest
+    from sagecompile.cost.profile import Time, averaged
     from sagecompile.formats import fuses
     from sagecompile.kernels import available
 
@@ -178,7 +178,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
         if fusing := [runner for runner in runners if fuses(runner, head_dim)]:
             able |= {plain: runners} | {replace(plain, prologues=(made, made)): fusing for made in PROLOGUES}
     sites = [(one, runners) for one, runners in able.items() if runners]
-    times: list[dict[str, Time]] = [{} for _ in sites]
+    races: list[list[dict[str, Time]]] = [[] for _ in sites]
     for turn, (which, (one, runners)) in product(range(grid.turns), enumerate(sites)):
         if which % 10 == 0:
             done = f"{which} of {len(sites)} shapes" + (f", turn {turn + 1} of {grid.turns}" if grid.turns > 1 else "")
@@ -193,9 +193,9 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
                 print(f"\n{one.shape} left out: no memory", file=sys.stderr)
                 continue
             store.remember(key, found)
-        times[which] = fastest(times[which], {name: Time(*time) for name, time in found.items()})
+        races[which].append({name: Time(*time) for name, time in found.items()})
     print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
-    return {one: measured for (one, _), measured in zip(sites, times, strict=True) if measured}
+    return {one: averaged(raced) for (one, _), raced in zip(sites, races, strict=True) if raced}
 
 
 def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:

@@ -23,7 +23,7 @@ from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, beyond_a_copy_us, store
-from .profile import Time, speedup
+from .profile import Time, averaged, speedup
 from .prologues import SDPA
 from .timer import interleaved_times
 
@@ -94,7 +94,7 @@ class Local:
 
         Where something on a CPU takes BUSY times what it does by a profile of the same machine, others are at work on
         it, and some calls suffer more than others. It is tried TRIES times then; what was measured so is not kept, nor
-        is it tried again in this process.
+        is it tried again in this process. Otherwise what that profile says counts as much as the race, which is short.
         """
         why_not = self.why_not(site, len(predicted))
         if why_not is not None:
@@ -102,7 +102,7 @@ class Local:
         smaller = _shrink(site, len(predicted))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-                times = self._race_on_an_idle_cpu(smaller, predicted, _is_calibrated(smaller, site))
+                times = self._race_on_an_idle_cpu(smaller, tuple(predicted), _calibrated(smaller, site, predicted))
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
             times = f"measuring failed: {type(failure).__name__}: {failure}"
         if isinstance(times, str):
@@ -115,14 +115,14 @@ class Local:
         return self.recall(site)
 
     def _race_on_an_idle_cpu(
-        self, site: AttentionSite, predicted: Mapping[Alternative, Prediction | None], calibrated: bool
+        self, site: AttentionSite, alternatives: Sequence[Alternative], calibrated: Mapping[str, Time]
     ) -> dict[str, Time] | str:
         """A race in which nothing took BUSY times what it did when it was calibrated, or that there was none."""
         for left in reversed(range(TRIES)):
-            times = race(site, tuple(predicted), self.ops)
-            slower = _slower_than_calibrated(times, predicted) if calibrated else 1.0
+            times = race(site, alternatives, self.ops)
+            slower = max((times[name].device / then.device for name, then in calibrated.items()), default=1.0)
             if slower < BUSY:
-                return times
+                return averaged([times, calibrated]) if calibrated else times
             if left:
                 time.sleep(PAUSE_S)
         return f"the CPU is busy: it takes {slower:.1f} times what it did when it was calibrated"
@@ -239,19 +239,18 @@ def _fused_arguments(
     return found
 
 
-def _is_calibrated(raced: AttentionSite, site: AttentionSite) -> bool:
-    """Whether a profile's times are of what was raced: a CPU's, of the whole site, without groups."""
-    return site.device_type == "cpu" and raced == site and site.heads == site.kv_heads
-
-
-def _slower_than_calibrated(times: Mapping[str, Time], predicted: Mapping[Alternative, Prediction | None]) -> float:
-    """How many times longer something took than by the machine's own profile; 1 where there is none."""
-    ratios = [1.0]
+def _calibrated(
+    raced: AttentionSite, site: AttentionSite, predicted: Mapping[Alternative, Prediction | None]
+) -> dict[str, Time]:
+    """What a CPU takes for each by its own profile; nothing if that is not of what is raced: whole, without groups."""
+    if site.device_type != "cpu" or raced != site or site.heads != site.kv_heads:
+        return {}
+    found = {}
     for alternative, prediction in predicted.items():
-        if prediction is not None and prediction.calibrated is not None:
-            sdpa, ours = prediction.calibrated
-            ratios += [times[SDPA].device / sdpa.device, times[" ".join(alternative)].device / ours.device]
-    return max(ratios)
+        if prediction is None or prediction.calibrated is None:
+            return {}
+        found[SDPA], found[" ".join(alternative)] = prediction.calibrated
+    return found
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
 from .prologues import SDPA, Making, PrologueCosts
@@ -189,9 +190,17 @@ class Profile:
         return [curve for curve in curves if curve]
 
 
-def fastest(*runs: Mapping[str, Time]) -> dict[str, Time]:
-    """Of the same calls by name: what else a CPU does at a time only slows."""
-    return {name: min(times[name] for times in runs if name in times) for name in dict.fromkeys(chain(*runs))}
+def averaged(races: Sequence[Mapping[str, Time]]) -> dict[str, Time]:
+    """Geometric means by name, over races at different times.
+
+    On a CPU others come and go, for seconds at a time, and what slows one call slows those in turn with it: the mean of
+    all keeps them comparable, where the fastest of each would be those of different moments.
+    """
+    found = {}
+    for name in dict.fromkeys(chain(*races)):
+        device, launch = zip(*(times[name] for times in races if name in times), strict=True)
+        found[name] = Time(geometric_mean(device), fmean(launch))
+    return found
 
 
 def launched(name: str, fused: bool) -> str:

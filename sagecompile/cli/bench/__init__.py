@@ -105,7 +105,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=_integers, default=[1], help="sequences, comma-separated; default 1")
     parser.add_argument("--layers", type=_positive, default=2, help="default 2")
     parser.add_argument("--auto-only", action="store_true", help="policy=auto against inductor, and no other")
-    parser.add_argument("--small", action="store_true", help="tiny widths, to try the command on a CPU")
+    parser.add_argument("--small", action="store_true", help="tiny widths, one length: to try the command on a CPU")
 
 
 def _add_decision(parser: argparse.ArgumentParser) -> None:

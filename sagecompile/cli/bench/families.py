@@ -163,7 +163,7 @@ class Family:
     make: Callable[[Any, int, int, int, bool], Case]
     """Of the package, the length, the layers, the sequences, whether it is small."""
     lengths: tuple[int, ...]
-    """Where --lengths names none."""
+    """Where --lengths names none; with --small the first alone."""
 
 
 FAMILIES = {

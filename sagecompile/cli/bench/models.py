@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{'compile s':>9}  decisions"
         )
         for name, family in families.items():
-            for length, batch in product(arguments.lengths or family.lengths, arguments.batches):
+            lengths = arguments.lengths or (family.lengths[:1] if arguments.small else family.lengths)
+            for length, batch in product(lengths, arguments.batches):
                 with or_left_out(f"{name} {length}"):
                     make = partial(family.make, packages[name], length, arguments.layers, batch, arguments.small)
                     case = build(make, device)
