@@ -60,6 +60,18 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, format: str, provi
         raise UnsupportedError(f"devices {q.device}, {k.device}, {v.device}: needs one")
 
 
+def _check_gradients(*tensors: torch.Tensor | None) -> None:
+    """Raise UnsupportedError where a gradient is asked for.
+
+    Here and not in a backward: a registered one costs every call 15 us of the host, be there gradients or not.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise UnsupportedError(
+            "sagecompile's attention ops have no backward: call them under torch.no_grad(), "
+            "or F.scaled_dot_product_attention where gradients are needed"
+        )
+
+
 def _check_prologue(x: torch.Tensor, name: str, prologue: Prologue) -> None:
     """Raise UnsupportedError for a prologue that does not fit its tensor, `q` or `k`."""
     batch, _, length, head_dim = x.shape
@@ -139,6 +151,7 @@ def _attention(
     provider: str,
     tokens_first: bool,
 ) -> torch.Tensor:
+    _check_gradients(q, k, v)
     _check(q, k, v, format, provider)
     return _attend(q, k, v, scale, is_causal, format, provider, tokens_first)
 
@@ -163,6 +176,7 @@ def _qk_norm_rope_attention(
     provider: str,
     tokens_first: bool,
 ) -> torch.Tensor:
+    _check_gradients(q, k, v, q_weight, k_weight, cos, sin)
     _check(q, k, v, format, provider)
     if not PROVIDERS[provider].prologues:
         able = ", ".join(row.name for row in PROVIDERS.values() if row.prologues)
@@ -182,13 +196,5 @@ def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tens
     return _empty(q, tokens_first)
 
 
-def _no_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    raise UnsupportedError(
-        "sagecompile's attention ops have no backward: call them under torch.no_grad(), "
-        "or F.scaled_dot_product_attention where gradients are needed"
-    )
-
-
 for _name in SCHEMAS:
     torch.library.register_fake(f"sagecompile::{_name}", _fake, lib=library)
-    torch.library.register_autograd(f"sagecompile::{_name}", _no_backward, lib=library)
