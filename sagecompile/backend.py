@@ -111,7 +111,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     given, anything else with those of the environment. Without `dynamic` it is of these sizes, whatever came before.
     What runs are the model's own graphs, not the rewritten ones.
     """
-    return explain_with(_options_of(model), model, args, kwargs)
+    given = _options_of(model)
+    if not given and _unwrapped(model) is not model:
+        logger.warning("another backend compiled this model; this is what backend='sage_inductor' would do to it:")
+    return explain_with(given, model, args, kwargs)
 
 
 def explain_with(
@@ -130,8 +133,7 @@ def explain_with(
         dump(rewritten, "after")
         return gm.forward
 
-    unwrapped = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-    original = unwrapped if unwrapped is not None else model
+    original = _unwrapped(model)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
@@ -140,6 +142,12 @@ def explain_with(
     run.__code__ = run.__code__.replace()
     torch.compile(run, backend=look, dynamic=bool(given.get("dynamic")))(*args, **kwargs)
     return found
+
+
+def _unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile was given to return this model, or the model itself."""
+    found = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+    return model if found is None else found
 
 
 def _options_of(model: Any) -> dict[str, Any]:

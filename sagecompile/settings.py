@@ -84,7 +84,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     values = {
         name[len(ENVIRONMENT_PREFIX) :].lower(): value
         for name, value in environ.items()
-        if name.startswith(ENVIRONMENT_PREFIX)
+        if name.startswith(ENVIRONMENT_PREFIX) and value  # an empty one is as none
     }
     try:
         return Settings().updated(values, "")
@@ -99,6 +99,8 @@ def resolve(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]
     for name, value in (options or {}).items():
         if name.startswith(OPTION_PREFIX):
             ours[name[len(OPTION_PREFIX) :]] = value
+        elif name in Settings.__dataclass_fields__:  # Inductor has no option of these names
+            raise OptionError(f"unknown option {name}; write {OPTION_PREFIX}{name}")
         else:
             inductors[name] = value
     return from_environment().updated(ours, OPTION_PREFIX), inductors

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +257,20 @@ def test_the_timer_turns_the_order_around_every_round(names):
     backwards = names[::-1]
     assert "".join(ran[WARM_UPS * len(names) :]) == names + backwards + names + backwards
     assert list(times) == list(names) and all(us > 0 for us in times.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's scheduler statistics")
+def test_what_threads_wait_for_a_cpu():
+    """More of them than there are CPUs."""
+    many = 2 * len(os.sched_getaffinity(0)) + 1
+    end, before = time.perf_counter() + 0.3, timer.waited_s()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(many)]
+    while time.perf_counter() < end:
+        pass
+    for process in busy:
+        process.kill()
+        process.wait()
+    assert 0.01 < timer.waited_s() - before
 
 
 def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):

@@ -152,6 +152,24 @@ class TestBusyCpu:
         assert machine().measure(self.SITE, {ACCURATE: self.QUIET})[ACCURATE].speedup == pytest.approx(3.0)
         assert len(races) == 2
 
+    @pytest.mark.parametrize(("waits", "tries"), [([0.04, 0.05, 0.03], 3), ([0.04, 0.05, 0.01], 3), ([0.01], 1)])
+    def test_is_seen_by_what_threads_wait(self, races, monkeypatch, waits, tries):
+        """Without any profile: of 50 ms."""
+        readings = [reading for wait in waits for reading in (1.0, 1.0 + wait)]
+        monkeypatch.setattr(local, "waited_s", lambda: readings.pop(0))
+        found = machine().measure(SITE, unpredicted(ACCURATE))
+        assert len(races) == tries
+        if waits[-1] > 0.0125:
+            assert found == "the CPU is busy: threads waited for it 60% of the time" and not machine().recall(SITE)
+        else:
+            assert found[ACCURATE].speedup == 3.0
+
+    def test_of_a_gpu_does_not_matter(self, races, monkeypatch):
+        monkeypatch.setattr(local, "waited_s", time.perf_counter)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert machine().measure(replace(SITE, device="cuda:0"), unpredicted(ACCURATE))[ACCURATE].speedup == 3.0
+        assert len(races) == 1
+
     def test_counts_as_much_as_the_profile(self, races):
         faster = {ACCURATE: replace(self.QUIET, calibrated=(Time(300.0), Time(81.0)))}
         assert machine().measure(self.SITE, faster)[ACCURATE].speedup == pytest.approx(3.0 / 0.9)
@@ -445,6 +463,7 @@ def test_the_first_process_measures_and_the_second_does_not():
 import sys, torch, torch.nn.functional as F
 from sagecompile.cost import local
 from sagecompile.report import recording
+local.waited_s = lambda: 0.0
 if sys.argv[1] == "second":
     local.race = None
 q = torch.randn(1, 2, 90, 48)

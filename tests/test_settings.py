@@ -37,6 +37,7 @@ def test_formats_as_text_or_sequence(given):
             {"sage.polcy": "auto"},
             r"unknown option sage\.polcy; known are sage\.policy, sage\.formats, sage\.min_speedup",
         ),
+        ({"policy": "always"}, r"unknown option policy; write sage\.policy"),
         ({"sage.policy": "allways"}, "'allways'; it can be auto, always, never"),
         ({"sage.formats": "fp4"}, "'fp4'; known formats are qk_int8_pv_fp16, qk_int8_pv_fp8"),
         ({"sage.formats": []}, "empty; name at least one of qk_int8_pv_fp16"),
@@ -51,6 +52,10 @@ def test_formats_as_text_or_sequence(given):
 def test_bad_options_say_what_is_possible(options, message):
     with pytest.raises(OptionError, match=message):
         settings.resolve(options)
+
+
+def test_an_empty_environment_variable_is_as_none():
+    assert settings.from_environment({"SAGECOMPILE_POLICY": "", "SAGECOMPILE_FORMATS": ""}) == Settings()
 
 
 def test_unknown_environment_variable_lists_the_known():

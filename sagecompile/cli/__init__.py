@@ -1,6 +1,7 @@
 """The `sagecompile` command: one file a subcommand.
 
-In: the command line. Out: an exit code: 0, or 2 with one line that says what to type instead. `--help` loads no torch.
+In: the command line. Out: an exit code: 0, or 2 with one line that says what to type instead; 130 after Ctrl-C, as
+shells have it. `--help` loads no torch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from sagecompile.errors import SageCompileError
 
@@ -21,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sagecompile", description="See what sagecompile does to a model, and what this machine can run."
     )
+    parser.add_argument("--version", action="version", version=metadata.version("sagecompile"))
     subparsers = parser.add_subparsers(required=True)
     for command in COMMANDS:
         assert command.__doc__ is not None
@@ -41,4 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SageCompileError as error:
         print(f"sagecompile: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nsagecompile: stopped", file=sys.stderr)
+        return 130
     return code

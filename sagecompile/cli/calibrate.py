@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,6 +26,7 @@ from sagecompile.site import Prologue
 if TYPE_CHECKING:
     import torch
 
+    from sagecompile.cost import Alternative
     from sagecompile.cost.profile import Family, Time
     from sagecompile.cost.prologues import PrologueCosts
     from sagecompile.site import AttentionSite
@@ -120,8 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
         with torch.no_grad():
             measured = _measure(str(device), arguments.again)
             prologues = _prologues(device, measured)
-    except KeyboardInterrupt as stop:
-        raise SageCompileError("stopped: run it again, it goes on where it was") from stop
+    except KeyboardInterrupt:
+        print("\nsagecompile: stopped; run it again, it goes on where it was", file=sys.stderr)
+        return 130
     points = [
         Point(_family(site), site.batch * site.heads, site.q_len, {name: time.device for name, time in times.items()})
         for site, times in measured.items()
@@ -148,7 +151,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
-    """Every point of the device's grid that a kernel can run, and what it may fuse, with progress on stderr."""
+    """All of `_sites`, with progress on stderr, and whether others were at work."""
     import torch
 
     from sagecompile import ops
@@ -156,15 +159,47 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
     from sagecompile.cost import store
     from sagecompile.cost.local import race
     from sagecompile.cost.profile import Time, averaged
+    from sagecompile.cost.timer import MOST_WAITED, waited_s
+    from sagecompile.kernels import available
+
+    if again:
+        store.forget()
+    grid, local = GRIDS[device.partition(":")[0]], measurements(device, cuda_graphs=False)
+    sites = _sites(device, grid)
+    name, steps, from_before = available.device(device).name, grid.turns * len(sites), 0
+    races: list[list[dict[str, Time]]] = [[] for _ in sites]
+    begun, waited = time.perf_counter(), waited_s()
+    for done, (turn, which) in enumerate(product(range(grid.turns), range(len(sites)))):
+        _progress(f"calibrating {name}", done, steps, from_before)
+        one, runners = sites[which]
+        key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
+        found = store.recall(key)
+        if found is None:
+            try:
+                launches = which % LAUNCHES_EVERY == 0 or one.prologues is not None
+                found = dict(race(one, runners, ops, grid.budget_s, launches))
+            except (torch.OutOfMemoryError, MemoryError):
+                print(f"\n{one.shape} left out: no memory", file=sys.stderr)
+                continue
+            store.remember(key, found)
+        else:
+            from_before += 1
+        races[which].append({alternative: Time(*us) for alternative, us in found.items()})
+    waited = (waited_s() - waited) / (time.perf_counter() - begun)
+    print(f"\rcalibrated: {len(sites)} shapes{' ' * 60}", file=sys.stderr)
+    if device == "cpu" and waited > MOST_WAITED:
+        print(f"others were at work on this CPU {waited:.0%} of the time: --again, once they are done", file=sys.stderr)
+    return {one: averaged(raced) for (one, _), raced in zip(sites, races, strict=True) if raced}
+
+
+def _sites(device: str, grid: Grid) -> list[tuple[AttentionSite, list[Alternative]]]:
+    """Every point of the grid that kernels can run, and what they may fuse; with those kernels."""
+    import torch
+
     from sagecompile.formats import fuses
     from sagecompile.kernels import available
 
     from .bench.shapes import Shape
-
-    if again:
-        store.forget()
-    grid = GRIDS[device.partition(":")[0]]
-    local = measurements(device, cuda_graphs=False)
 
     def site(dtype: str, head_dim: int, is_causal: bool, heads: int, length: int) -> AttentionSite:
         shape = Shape(dtype, head_dim, is_causal, length, batch=-(-heads // HEADS), heads=min(heads, HEADS))
@@ -177,25 +212,16 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
         runners = available.runners(plain)
         if fusing := [runner for runner in runners if fuses(runner, head_dim)]:
             able |= {plain: runners} | {replace(plain, prologues=(made, made)): fusing for made in PROLOGUES}
-    sites = [(one, runners) for one, runners in able.items() if runners]
-    races: list[list[dict[str, Time]]] = [[] for _ in sites]
-    for turn, (which, (one, runners)) in product(range(grid.turns), enumerate(sites)):
-        if which % 10 == 0:
-            done = f"{which} of {len(sites)} shapes" + (f", turn {turn + 1} of {grid.turns}" if grid.turns > 1 else "")
-            print(f"\rcalibrating {available.device(device).name}: {done}   ", end="", file=sys.stderr)
-        key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
-        found = store.recall(key)
-        if found is None:
-            try:
-                launches = which % LAUNCHES_EVERY == 0 or one.prologues is not None
-                found = dict(race(one, runners, ops, grid.budget_s, launches))
-            except (torch.OutOfMemoryError, MemoryError):
-                print(f"\n{one.shape} left out: no memory", file=sys.stderr)
-                continue
-            store.remember(key, found)
-        races[which].append({name: Time(*time) for name, time in found.items()})
-    print(f"\rcalibrated: {len(sites)} shapes{' ' * 40}", file=sys.stderr)
-    return {one: averaged(raced) for (one, _), raced in zip(sites, races, strict=True) if raced}
+    return [(one, runners) for one, runners in able.items() if runners]
+
+
+def _progress(what: str, done: int, steps: int, from_before: int) -> None:
+    """Now and then, in place on a terminal."""
+    on_terminal = sys.stderr.isatty()
+    if done % (10 if on_terminal else -(-steps // 10)) == 0:
+        kept = f" ({from_before} from before)" if from_before else ""
+        text = f"{what}: {done} of {steps} measurements{kept}"
+        print(f"\r{text:78}" if on_terminal else text, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
 
 
 def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:
@@ -232,7 +258,7 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
 
     found = {}
     for made in PROLOGUES:
-        print(f"\rcalibrating Inductor's {made.kind}{' ' * 40}", end="", file=sys.stderr)
+        print(f"calibrating Inductor's {made.kind}", file=sys.stderr)
         key = {"calibration": made.kind} | dict(measurements(str(device), cuda_graphs=False).machine)
         known = store.recall(key)
         if known is None:
@@ -254,9 +280,9 @@ def _launches(measured: Mapping[AttentionSite, Mapping[str, Time]]) -> dict[str,
 
     found: dict[str, list[float]] = {}
     for site, times in measured.items():
-        for name, time in times.items():
-            if time.launch > 0:
-                found.setdefault(launched(name, site.prologues is not None), []).append(time.launch)
+        for name, (_, launch) in times.items():
+            if launch > 0:
+                found.setdefault(launched(name, site.prologues is not None), []).append(launch)
     return {name: statistics.median(us) for name, us in sorted(found.items())}
 
 

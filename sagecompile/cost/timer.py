@@ -11,7 +11,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from .profile import Time
 WARM_UPS = 3
 REPLAY_US, MOST_CALLS = 1000.0, 64
 """A graph holds as many calls in a row as take about this long, at most that many: its launch is shared by them."""
+MOST_WAITED = 0.25
+"""Seconds in one of `waited_s` on a CPU that is not busy: others at work show as a half or more, none as a tenth."""
 LEAST_LAUNCHES, MOST_LAUNCHES, LAUNCHES_S = 10, 17, 0.02
 """How often a launch is timed, and about for how long."""
 
@@ -76,6 +80,18 @@ def _interleaved_us(
             times[name].append(_one_run_us(calls[name], device_type))
         order.reverse()
     return times
+
+
+def waited_s() -> float:
+    """Seconds that the threads of this process, all added up, were ready to run while others had the CPU.
+
+    From Linux's scheduler statistics, the second number of a thread's `schedstat`; 0 where there are none.
+    """
+    found = 0
+    for thread in Path("/proc/self/task").glob("*"):
+        with suppress(OSError, IndexError):  # it may have ended since
+            found += int((thread / "schedstat").read_text().split()[1])
+    return found / 1e9
 
 
 class Replays(NamedTuple):

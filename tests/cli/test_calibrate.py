@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -64,11 +65,13 @@ class TestCalibrate:
         (point,) = [p for p in own_profile().points if (p.heads, p.length, p.family.is_causal) == (4, 32, False)]
         assert found.speedup == pytest.approx(point.us["sdpa"] / point.us[FAST])
 
-    def test_goes_on_where_it_was_and_starts_again_if_asked(self, kernel, monkeypatch):
+    def test_goes_on_where_it_was_and_starts_again_if_asked(self, kernel, monkeypatch, capsys):
         assert main(["calibrate", "--device", "cpu"]) == 0
         first = len(kernel)
+        assert "18 of 20 measurements\n" in capsys.readouterr().err
         monkeypatch.setattr(store, "_known", {})  # a new process
         assert main(["calibrate", "--device", "cpu"]) == 0 and len(kernel) == first
+        assert "18 of 20 measurements (18 from before)\n" in capsys.readouterr().err
         assert main(["calibrate", "--device", "cpu", "--again"]) == 0 and len(kernel) > first
 
     def test_share_prints_the_profile(self, capsys):
@@ -111,8 +114,16 @@ class TestCalibrate:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("sagecompile.cost.local.race", race)
-        assert main(["calibrate", "--device", "cpu"]) == 2
-        assert "stopped: run it again, it goes on where it was" in capsys.readouterr().err
+        assert main(["calibrate", "--device", "cpu"]) == 130
+        assert "stopped; run it again, it goes on where it was" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("share", [0.1, 0.6])
+    def test_says_that_others_were_at_work(self, monkeypatch, capsys, share):
+        begun = time.perf_counter()
+        monkeypatch.setattr("sagecompile.cost.timer.waited_s", lambda: share * (time.perf_counter() - begun))
+        assert main(["calibrate", "--device", "cpu"]) == 0
+        said = "others were at work on this CPU 60% of the time: --again, once they are done"
+        assert (said in capsys.readouterr().err) == (share > 0.5)
 
     def test_a_machine_without_kernels_is_told_where_to_look(self, monkeypatch, capsys):
         monkeypatch.setattr(available, "refusal", lambda *_, **__: "no compiler")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+from importlib import metadata
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from sagecompile.cli import main
+from sagecompile import explain
+from sagecompile.cli import doctor, main
 from sagecompile.kernels import available
 from sagecompile.site import Device
 
@@ -133,3 +138,26 @@ def test_doctor_asks_every_provider_for_itself(capability, hopper, capsys, monke
         assert why["qk_int8_pv_fp8", "triton"] == "compute capability 8.0: qk_int8_pv_fp8 needs 8.9"
     else:
         assert why["qk_int8_pv_fp8", "hopper"] is None
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == metadata.version("sagecompile")
+
+
+def test_one_that_is_stopped_ends_as_shells_have_it(monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", stopped)
+    assert main(["doctor"]) == 130 and capsys.readouterr().err == "\nsagecompile: stopped\n"
+
+
+def test_a_model_that_another_backend_compiled_is_said_to_be_one(caplog):
+    q = torch.randn(1, 2, 64, 64)
+    for backend, is_another in (("eager", True), ("sage_inductor", False)):
+        caplog.clear()
+        with torch.no_grad(), caplog.at_level(logging.WARNING, "sagecompile"):
+            explain(torch.compile(F.scaled_dot_product_attention, backend=backend), q, q, q)
+        assert ("another backend compiled this model" in caplog.text) == is_another
