@@ -30,9 +30,11 @@ def same_numbers_every_time() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def tests_beside_this_one_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def tests_beside_this_one_do_not_count() -> Iterator[None]:
     """They keep the CPU busy, on which nothing would be measured then."""
-    monkeypatch.setattr(local, "waited_s", lambda: 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "waited_s", lambda: 0.0)
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
