@@ -186,7 +186,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
             from_before += 1
         races[which].append({alternative: Time(*us) for alternative, us in found.items()})
     waited = (waited_s() - waited) / (time.perf_counter() - begun)
-    print(f"\rcalibrated: {len(sites)} shapes{' ' * 60}", file=sys.stderr)
+    _progress(f"calibrating {name}", steps, steps, from_before)
     if device == "cpu" and waited > MOST_WAITED:
         print(f"others were at work on this CPU {waited:.0%} of the time: --again, once they are done", file=sys.stderr)
     return {one: averaged(raced) for (one, _), raced in zip(sites, races, strict=True) if raced}
@@ -216,12 +216,13 @@ def _sites(device: str, grid: Grid) -> list[tuple[AttentionSite, list[Alternativ
 
 
 def _progress(what: str, done: int, steps: int, from_before: int) -> None:
-    """Now and then, in place on a terminal."""
-    on_terminal = sys.stderr.isatty()
-    if done % (10 if on_terminal else -(-steps // 10)) == 0:
+    """Now and then and at the end, in place on a terminal."""
+    in_place, every = (True, 10) if sys.stderr.isatty() else (False, max(1, steps // 10))
+    if done % every == 0 or done == steps:
         kept = f" ({from_before} from before)" if from_before else ""
         text = f"{what}: {done} of {steps} measurements{kept}"
-        print(f"\r{text:78}" if on_terminal else text, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
+        end = "" if in_place and done < steps else "\n"
+        print(f"\r{text:78}" if in_place else text, end=end, file=sys.stderr, flush=True)
 
 
 def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:

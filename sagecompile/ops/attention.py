@@ -2,7 +2,8 @@
 
 In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides, never modified. Out: a new (B, H, Nq, D) tensor, in memory
 (B, Nq, H, D) if `tokens_first`, as SDPA's fused kernels return it. It launches on the current stream of the tensors'
-own device, asks the device nothing and waits for nothing, so that it can be captured in a CUDA graph.
+own device, asks the device nothing and waits for nothing, so that it can be captured in a CUDA graph. It has no
+backward: where a gradient is asked for a call raises UnsupportedError, and torch warns of a graph that has such a call.
 `qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
 kernels/prologue.py says.
 """

@@ -140,6 +140,14 @@ def test_doctor_asks_every_provider_for_itself(capability, hopper, capsys, monke
         assert why["qk_int8_pv_fp8", "hopper"] is None
 
 
+def test_a_wrong_option_in_a_script_is_one_line(folder, capsys):
+    (folder / "wrong.py").write_text(
+        SCRIPT.replace('backend="BACKEND"', 'backend="sage_inductor", options={"policy": 1}')
+    )
+    assert main(["explain", str(folder / "wrong.py")]) == 2
+    assert capsys.readouterr().err == "sagecompile: unknown option policy; write sage.policy\n"
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
