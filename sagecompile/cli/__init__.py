@@ -41,20 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed.rest = given[end + 1 :]
     try:
         code: int = parsed.run(parsed)
-    except Exception as error:
-        mistake = _mistake_behind(error)
-        if mistake is None:
-            raise
-        print(f"sagecompile: {mistake}", file=sys.stderr)
+    except SageCompileError as error:
+        print(f"sagecompile: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nsagecompile: stopped", file=sys.stderr)
         return 130
     return code
-
-
-def _mistake_behind(error: BaseException | None) -> SageCompileError | None:
-    """The caller's, which Dynamo wraps in an error of its own when a backend raises it; None where there is none."""
-    while error is not None and not isinstance(error, SageCompileError):
-        error = getattr(error, "inner_exception", None)
-    return error

@@ -82,6 +82,8 @@ def _of_factory(target: str, policy: str | None) -> Report:
 
 
 def _of_script(path: str, script_arguments: list[str], policy: str | None) -> Report:
+    from torch._dynamo.exc import BackendCompilerFailed
+
     from sagecompile.report import Report, recording
 
     if not Path(path).is_file():
@@ -94,6 +96,10 @@ def _of_script(path: str, script_arguments: list[str], policy: str | None) -> Re
     try:
         with recording() as reports:
             runpy.run_path(path, run_name="__main__")
+    except BackendCompilerFailed as error:  # Dynamo's, around what our backend says of a wrong option
+        if isinstance(error.inner_exception, SageCompileError):
+            raise error.inner_exception from None
+        raise
     finally:
         sys.argv, sys.path[:] = before
     if not reports:
