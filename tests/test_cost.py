@@ -16,7 +16,7 @@ import torch
 
 from sagecompile import cost
 from sagecompile.cost import timer
-from sagecompile.cost.profile import SCHEMA, Family, Point, Profile, Time, averaged, crossing_of, to_json
+from sagecompile.cost.profile import SCHEMA, Family, Point, Profile, Time, averaged, crossing_of, speedup, to_json
 from sagecompile.cost.prologues import SDPA, Making, PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
@@ -288,6 +288,19 @@ def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
     rounds = "".join(ran).removesuffix("|").split("|")[1:]
     assert rounds == ["a", "b"] * (len(rounds) // 2) and timer.LEAST_LAUNCHES <= len(rounds) // 2 <= timer.MOST_LAUNCHES
     assert found["a"] >= 3000 > found["b"] >= 1000
+
+
+@pytest.mark.parametrize(
+    ("sdpa", "ours", "captured", "launched"),
+    [
+        (Time(200.0, 30.0), Time(100.0, 20.0), 2.0, 2.0),  # the device is waited for
+        (Time(10.0, 60.0), Time(13.0, 30.0), 10 / 13, 2.0),  # on any host the launches are
+        (Time(25.0, 41.0), Time(37.0, 23.0), 25 / 37, 41 * 2 / 3 / 37),  # on a slow host alone they are
+    ],
+)
+def test_a_slower_device_is_not_chosen_for_the_launches_of_a_slow_host(sdpa, ours, captured, launched):
+    assert speedup((sdpa, ours), cuda_graphs=True) == pytest.approx(captured)
+    assert speedup((sdpa, ours), cuda_graphs=False) == pytest.approx(launched)
 
 
 def test_what_slows_all_for_a_while_keeps_the_ratio():

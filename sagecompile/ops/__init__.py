@@ -1,5 +1,5 @@
 """The torch.library ops that rewritten graphs call: importing this registers `torch.ops.sagecompile`."""
 
-from .attention import attention, qk_norm_rope_attention
+from .attention import attention, attention_into, qk_norm_rope_attention
 
-__all__ = ["attention", "qk_norm_rope_attention"]
+__all__ = ["attention", "attention_into", "qk_norm_rope_attention"]

@@ -5,7 +5,8 @@ In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides, never modified. Out: 
 own device, asks the device nothing and waits for nothing, so that it can be captured in a CUDA graph. It has no
 backward: where a gradient is asked for a call raises UnsupportedError, and torch warns of a graph that has such a call.
 `qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
-kernels/prologue.py says.
+kernels/prologue.py says. `attention_into` writes a tensor that there is, and its queries may be the last of the tokens:
+query i sees the keys j <= i + causal_offset where causal.
 """
 
 from __future__ import annotations
@@ -30,12 +31,18 @@ SCHEMAS = {
     "attention": f"(Tensor q, Tensor k, Tensor v, *, {_HOW}) -> Tensor",
     "qk_norm_rope_attention": "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
     f"Tensor? sin, *, float? q_eps, float? k_eps, str q_rope, str k_rope, {_HOW}) -> Tensor",
+    "attention_into": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, float scale, bool is_causal, str format, "
+    "str provider, int causal_offset) -> ()",
 }
 library = torch.library.Library("sagecompile", "DEF")
+IN_PYTHON = "_in_python"
+"""Behind an op's name: the same without C++, which calls it for what it does not know (kernels/hopper/relaunch.py)."""
 for _name, _schema in SCHEMAS.items():
     # flexible_layout: any input strides will do, so Inductor need not copy to keep the eager ones.
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    library.define(_name + IN_PYTHON + _schema)
 attention = torch.ops.sagecompile.attention
+attention_into = torch.ops.sagecompile.attention_into
 qk_norm_rope_attention = torch.ops.sagecompile.qk_norm_rope_attention
 
 
@@ -133,14 +140,19 @@ def _attend(
         return out
     if k.shape[2] == 0:
         return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
-    # Autocast would round the exact INT8 products of the reference; turning it off takes the host time, too.
-    autocast = torch.is_autocast_enabled(q.device.type)
-    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        launcher(provider)(q, k, v, out, scale=scale, is_causal=is_causal, format=format, **prologues)
+    _launch(provider, q, k, v, out, scale=scale, is_causal=is_causal, format=format, **prologues)
     return out
 
 
+def _launch(provider: str, q: torch.Tensor, *tensors: torch.Tensor, **how: Any) -> None:
+    """Without autocast, which would round the exact INT8 products of the reference; turning it off takes time, too."""
+    autocast = torch.is_autocast_enabled(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
+        launcher(provider)(q, *tensors, **how)
+
+
 @torch.library.impl(library, "attention", "CompositeExplicitAutograd")
+@torch.library.impl(library, "attention" + IN_PYTHON, "CompositeExplicitAutograd")
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -157,7 +169,30 @@ def _attention(
     return _attend(q, k, v, scale, is_causal, format, provider, tokens_first)
 
 
+@torch.library.impl(library, "attention_into", "CompositeExplicitAutograd")
+@torch.library.impl(library, "attention_into" + IN_PYTHON, "CompositeExplicitAutograd")
+def _attention_into(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    format: str,
+    provider: str,
+    causal_offset: int,
+) -> None:
+    _check_gradients(q, k, v, out)
+    _check(q, k, v, format, provider)
+    if causal_offset and not PROVIDERS[provider].causal_offset:
+        raise UnsupportedError(f"causal_offset {causal_offset}: {provider} has none")
+    offset = {"causal_offset": causal_offset} if causal_offset else {}
+    _launch(provider, q, k, v, out, scale=scale, is_causal=is_causal, format=format, **offset)
+
+
 @torch.library.impl(library, "qk_norm_rope_attention", "CompositeExplicitAutograd")
+@torch.library.impl(library, "qk_norm_rope_attention" + IN_PYTHON, "CompositeExplicitAutograd")
 def _qk_norm_rope_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -193,8 +228,8 @@ def _qk_norm_rope_attention(
     return _attend(q, k, v, scale, is_causal, format, provider, tokens_first, **prologues)
 
 
-def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tensor:
-    return _empty(q, tokens_first)
+def _fake(q: torch.Tensor, *_: Any, tokens_first: bool | None = None, **__: Any) -> torch.Tensor | None:
+    return None if tokens_first is None else _empty(q, tokens_first)
 
 
 for _name in SCHEMAS:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sagecompile.ops.attention import launcher
+from sagecompile import ops
 
 from .counters import count
 from .plan import Part, Plan
@@ -71,11 +71,11 @@ def _attend(
         key, value = key[tokens], value[tokens]
     else:
         key, value = (_gathered(x, block_table[part.row], part.kv_len) for x in pages(layer, kv_cache))
-    offset = {"causal_offset": part.kv_len - part.q_len} if is_causal and part.kv_len != part.q_len else {}
     q, k, v, out = (x.transpose(0, 1)[None] for x in (query[tokens], key, value, output[tokens]))
-    launcher(part.use.provider)(
-        q, k, v, out, scale=layer.impl.scale, is_causal=is_causal, format=part.use.format, **offset
-    )
+    ops.attention_into.default(
+        q, k, v, out, scale=layer.impl.scale, is_causal=is_causal, format=part.use.format,
+        provider=part.use.provider, causal_offset=part.kv_len - part.q_len if is_causal else 0,
+    )  # fmt: skip
     count(layer.layer_name, part.q_len)
 
 

@@ -10,7 +10,7 @@ from support import FAST, TOLERANCE, exact_attention, relative_error
 from torch import Tensor
 
 from sagecompile.errors import UnsupportedError
-from sagecompile.ops import attention, quantize, reference
+from sagecompile.ops import attention, attention_into, quantize, reference
 
 FORMATS = tuple(TOLERANCE)
 INF = float("inf")
@@ -210,6 +210,32 @@ def test_opcheck(shape: tuple[int, ...], transposed: bool, tokens_first: bool) -
         "tokens_first": tokens_first,
     }
     torch.library.opcheck(attention.default, (q, k, v), how)
+
+
+INTO: dict[str, Any] = {"scale": 0.125, "is_causal": True, "format": FORMATS[0], "provider": "reference"}
+
+
+def test_into_a_tensor_that_is_there() -> None:
+    """The last queries of a prompt; a slice of something larger is written and nothing beside it."""
+    q, k, v = inputs(kv_len=63)
+    expected = exact_attention(q, k, v, is_causal=True, scale=0.125)[:, :, 40:]
+    whole = torch.full((1, 2, 30, 64), 7.0)
+    attention_into(q[:, :, 40:], k, v, whole[:, :, 3:26], **INTO, causal_offset=40)
+    assert relative_error(whole[:, :, 3:26], expected) <= TOLERANCE[FORMATS[0]]
+    assert (whole[:, :, :3] == 7).all() and (whole[:, :, 26:] == 7).all()
+
+
+def test_opcheck_of_into() -> None:
+    q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
+    torch.library.opcheck(attention_into.default, (q, k, v, torch.empty_like(q)), INTO | {"causal_offset": 0})
+
+
+def test_into_says_what_it_needs() -> None:
+    q, k, v = inputs(9, 9)
+    with pytest.raises(UnsupportedError, match="causal_offset 3: triton has none"):
+        attention_into(q, k, v, torch.empty_like(q), **(INTO | {"provider": "triton"}), causal_offset=3)
+    with pytest.raises(UnsupportedError, match="no backward"):
+        attention_into(q.requires_grad_(), k, v, torch.empty_like(q), **INTO, causal_offset=0)
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])

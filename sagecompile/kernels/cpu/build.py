@@ -7,23 +7,13 @@ the reason why there is none. It is plain C++ without torch's headers, so that i
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
 import platform
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-
 from sagecompile.errors import UnsupportedError
-
-logger = logging.getLogger("sagecompile")
+from sagecompile.kernels import compiler
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 CPUINFO = Path("/proc/cpuinfo")
@@ -33,7 +23,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma")
 USED_WHERE_THERE = ("avx512_bf16",)
 """Without it PV is computed in float32."""
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-O3", "-fopenmp")
 
 
 def features() -> frozenset[str]:
@@ -48,11 +38,7 @@ def why_not() -> str | None:
     missing = [name for name in NEEDED if name not in features()]
     if missing:
         return f"CPU without {', '.join(missing)} ({platform.machine()} {platform.system()}): needs {', '.join(NEEDED)}"
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return f"no C++ compiler (CXX is {os.environ.get('CXX', 'not set')}): needs g++ or clang++, as Inductor does"
-    return None
+    return compiler.why_none()
 
 
 @cache
@@ -63,25 +49,7 @@ def function(*extra_flags: str, bf16: bool = True) -> Any:
         raise UnsupportedError(reason)
     used = [*NEEDED, *(name for name in USED_WHERE_THERE if bf16 and name in features())]
     machine = [f"-m{name.replace('_', '')}" for name in used]
-    attention = ctypes.CDLL(str(_library([get_cpp_compiler(), *FLAGS, *machine, *extra_flags]))).sagecompile_attention
+    built = compiler.library(SOURCE, "the CPU attention kernel", [*FLAGS, *machine, *extra_flags])
+    attention = ctypes.CDLL(str(built)).sagecompile_attention
     attention.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_float, ctypes.c_void_p)
     return attention
-
-
-def _library(command: list[str]) -> Path:
-    """Compiled by `command`, or found where an earlier process left it."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()[:20]
-    library = Path(cache_dir(), "sagecompile", f"attention_{key}.so")
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("building the CPU attention kernel with %s, once and in seconds: %s", command[0], library)
-    # Built beside its place and then renamed, so that no process ever sees half a library.
-    with tempfile.TemporaryDirectory(dir=library.parent) as beside:
-        built = Path(beside, library.name)
-        result = subprocess.run([*command, str(SOURCE), "-o", str(built)], capture_output=True, text=True)
-        if result.returncode != 0:
-            raise UnsupportedError(f"{' '.join(command)} failed: {result.stderr.strip()[-2000:]}")
-        built.replace(library)
-    return library

@@ -5,12 +5,14 @@ Three launches: `quantize_kv` reads K and V once and writes tiles, `attend` quan
 the exact kernel repeats the rows that 8 bits cannot hold; each does the Prologue of what it reads. CUDA C++ because
 this needs what Triton does not give: wgmma in flight across a softmax, a loader warp beside warpgroups that drift
 apart, operands kept in registers in the order of the accumulators. attention.cu and quantize.cu say how, LOG.md why;
-parameters.py has what they are told, runtime.py compiles them with what torch brings.
+parameters.py has what they are told, runtime.py compiles them with what torch brings, relaunch.py hands to C++ what an
+op launches again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +23,7 @@ import sagecompile.formats as formats
 from sagecompile.kernels.check import check
 from sagecompile.kernels.prologue import Prologue
 
+from . import relaunch
 from .cut import cut_rows, even
 from .parameters import (
     FLAG_ROWS,
@@ -32,6 +35,7 @@ from .parameters import (
     Variant,
     addresses_of,
     prepare,
+    tables_of,
     tensor_of,
     tiles_shape,
     variant_of,
@@ -72,6 +76,8 @@ class _Launches:
     copies: bool
     """Whether a tensor of a prologue must be copied in each call before it can be read."""
     repeat_exact: Repeat | None = None
+    plan: relaunch.Plan | None = None
+    """The same for C++, if it can."""
 
 
 _known: dict[tuple[Any, ...], _Launches] = {}
@@ -103,6 +109,7 @@ def attention(
     if launches is None:
         check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
         _check_limits(q, k)
+        relaunch.start()
     ahead = min(causal_offset, k.shape[2])
     with torch.cuda.device_of(q):
         if launches is None or launches.copies:
@@ -125,9 +132,29 @@ def attention(
             launches.repeat_exact(addresses, q_tables, k_tables, stream)
         else:
             launches.repeat_exact = _exact(q, k, v, out, flags, scale, is_causal, ahead, q_prologue, k_prologue)
+            launches.plan = _plan(launches, out, q_prologue, k_prologue)
             if len(_known) >= _MOST_KNOWN:
                 _known.clear()
             _known[facts] = launches
+    if launches.plan:
+        launches.plan.leave()
+
+
+def _plan(
+    launches: _Launches, out: torch.Tensor, q_prologue: Prologue | None, k_prologue: Prologue | None
+) -> relaunch.Plan | None:
+    """For C++, or None where that cannot do it: without its library, and where tensors must be copied."""
+    library, repeat = relaunch.library(), launches.repeat_exact
+    quantize, attend = launches.quantize, launches.attend
+    if library is None or repeat is None or launches.copies:
+        return None
+    tables = {"q": tables_of("q", q_prologue), "k": tables_of("k", k_prologue)}
+    exact = relaunch.of_triton(repeat.compiled, repeat.blocks, repeat.named(tables["q"], tables["k"]), overlap=True)
+    own = (
+        relaunch.of_ours(quantize.kernel, quantize.blocks, quantize.parameters, tables["k"], overlap=False),
+        relaunch.of_ours(attend.kernel, attend.blocks, attend.parameters, tables["q"], overlap=True),
+    )
+    return exact and relaunch.Plan(library, out, math.prod(quantize.made), 4 * math.prod(attend.made), (*own, exact))
 
 
 def _facts(x: torch.Tensor | None) -> tuple[Any, ...] | None:

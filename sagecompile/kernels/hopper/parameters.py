@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -138,6 +139,27 @@ def addresses_of(prologue: Prologue | None) -> tuple[int, int, int]:
         0 if cos is None else cos.data_ptr(),
         0 if sin is None else sin.data_ptr(),
     )
+
+
+def tables_of(name: str, prologue: Prologue | None) -> tuple[str | None, str | None, str | None]:
+    """As `addresses_of`, by the ops' names of these tensors; name: q or k."""
+    weight, cos, sin = addresses_of(prologue)
+    return f"{name}_weight" if weight else None, "cos" if cos else None, "sin" if sin else None
+
+
+def places(parameters: ctypes.Structure, tables: Sequence[str | None]) -> dict[int, str]:
+    """Where the addresses of tensors are, by the byte; `tables`: of the prologue, as `tables_of` names them."""
+    kind, found = type(parameters), {}
+    for name, type_, *_ in kind._fields_:
+        byte = getattr(kind, name).offset
+        if type_ is Tensor:
+            found[byte + Tensor.data.offset] = name
+        elif type_ is c_void_p:
+            found[byte] = name
+        elif type_ is PrologueParameters:
+            fields = (PrologueParameters.weight, PrologueParameters.cos, PrologueParameters.sin)
+            found |= {byte + field.offset: table for field, table in zip(fields, tables, strict=True) if table}
+    return found
 
 
 def prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> Prepared:

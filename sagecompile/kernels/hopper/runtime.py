@@ -74,11 +74,15 @@ class Kernel:
     """Of each thread, in the device's memory: what spilled, and arrays that are not in registers."""
     shared_bytes: int
     """Of each block, static and dynamic."""
+    threads: int
+    """Of each block."""
+    dynamic_shared_bytes: int
 
     def __init__(self, cubin: bytes, entry: str, *, threads: int, shared_bytes: int, device: int) -> None:
         """A block has this many threads and bytes of dynamic shared memory; CudaError where the driver refuses."""
         driver, module = _driver(), c_void_p()
         self._arguments = _Arguments(threads, shared_bytes, device)
+        self.threads, self.dynamic_shared_bytes = threads, shared_bytes
         self._function = c_void_p()
         self._launch = driver.cuLaunchKernelEx
         self._name = f"kernel {entry} on cuda:{device}, {threads} threads, {shared_bytes} bytes of shared memory"
@@ -89,6 +93,12 @@ class Kernel:
         self.shared_bytes = self._attribute(1) + shared_bytes
         self.local_bytes = self._attribute(3)
         self.registers = self._attribute(4)
+
+    @property
+    def function(self) -> int:
+        """CUDA's handle."""
+        assert self._function.value is not None
+        return self._function.value
 
     def _attribute(self, number: int) -> int:
         """By its number in CUfunction_attribute of cuda.h."""
@@ -263,6 +273,16 @@ def _driver() -> Any:
     driver.cuLaunchKernelEx.argtypes = (c_void_p,) * 4
     driver.cuInit(0)
     return driver
+
+
+def parameter_sizes(function: int) -> list[int]:
+    """In bytes, of what a kernel of anybody's takes, by CUDA's handle of it; AttributeError before CUDA 12.4."""
+    sizes: list[int] = []
+    offset, size = c_size_t(), c_size_t()
+    ask = _driver().cuFuncGetParamInfo
+    while ask(c_void_p(function), c_size_t(len(sizes)), byref(offset), byref(size)) == 0:
+        sizes.append(size.value)
+    return sizes
 
 
 def _check(result: int, what: str) -> None:

@@ -5,8 +5,8 @@ Why: INT8 has no NaN and no Inf, and which head holds one is known only on the d
 so that finding none costs little more than a launch, and no sync.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,9 @@ class Repeat(NamedTuple):
     """
 
     run: Callable[..., None]
+    compiled: Any
+    """By Triton."""
+    blocks: int
     numbers: tuple[float, ...]
     q_numbers: tuple[float, ...]
     k_numbers: tuple[float, ...]
@@ -36,9 +39,15 @@ class Repeat(NamedTuple):
 
     def __call__(self, tensors: Addresses, q_tables: Addresses, k_tables: Addresses, stream: int) -> None:
         """tensors: q, k, v, out and flags; tables: weight, cos and sin of the prologue of each, or zeros."""
-        self.run(
+        self.run(*self._arguments(tensors, q_tables, k_tables), stream=stream)
+
+    def named(self, q_tables: Sequence[str | None], k_tables: Sequence[str | None]) -> tuple[float | str | None, ...]:
+        """All arguments, tensors by their names."""
+        return self._arguments(("q", "k", "v", "out", "flags"), q_tables, k_tables)
+
+    def _arguments(self, tensors: Sequence[Any], q_tables: Sequence[Any], k_tables: Sequence[Any]) -> tuple[Any, ...]:
+        return (
             *tensors, *self.numbers, *q_tables, *self.q_numbers, *k_tables, *self.k_numbers, *self.constants,
-            stream=stream,
         )  # fmt: skip
 
 
@@ -89,7 +98,11 @@ def recompute_flagged(
             q, k, v, out, flags, *numbers, *q_tables, *q_numbers, *k_tables, *k_numbers, *constants,
             num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
-        return None if compiled is None else Repeat(compiled[grid], numbers, q_numbers, k_numbers, constants)
+        return (
+            None
+            if compiled is None
+            else Repeat(compiled[grid], compiled, grid[0], numbers, q_numbers, k_numbers, constants)
+        )
 
 
 def _arguments(

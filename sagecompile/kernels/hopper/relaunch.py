@@ -1,0 +1,165 @@
+"""From the second call on, ops with tensors alike are launched by C++: relaunch.cpp, which says what alike is.
+
+In: the launches of a call that Python made. Out: a `Plan`, which Python leaves for the op whose call is under way.
+Why: to find out that it may do the same again, and to do it, took the host 110 us in Python where SDPA takes 26 and C++
+27 (a slow H200's host, calls in a row); in a model, whose host has other code to run, it is 2.5 times that (LOG.md).
+Where there is no C++ compiler, or torch has no CUDA, Python launches everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import struct
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import c_char_p, c_int, c_int64, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sagecompile.errors import UnsupportedError
+from sagecompile.kernels import compiler
+
+from .parameters import places
+from .runtime import DRIVER, Kernel, parameter_sizes
+
+logger = logging.getLogger("sagecompile")
+
+TORCH = Path(torch.__file__).parent
+SOURCE = Path(__file__).with_name("relaunch.cpp")
+TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags")
+"""By their number in relaunch.cpp: the ops' arguments, then what a call makes."""
+
+_PACKED = {"i32": "i", "i64": "q", "fp32": "f"}
+"""Triton's types in Python's letters."""
+
+
+class Launch(NamedTuple):
+    """One kernel, as CUDA takes it; `parameters` with anything where addresses go."""
+
+    function: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    overlap: bool
+    parameters: Sequence[bytes]
+    addresses: Mapping[tuple[int, int], str]
+    """By parameter and byte in it, which of TENSORS."""
+
+
+def of_ours(
+    kernel: Kernel, blocks: int, parameters: ctypes.Structure, tables: Sequence[str | None], *, overlap: bool
+) -> Launch:
+    """Of a .cu file's kernel; `tables`: of its prologue."""
+    addresses = {(0, byte): tensor for byte, tensor in places(parameters, tables).items()}
+    shared_bytes = kernel.dynamic_shared_bytes
+    return Launch(kernel.function, blocks, kernel.threads, shared_bytes, overlap, [bytes(parameters)], addresses)
+
+
+def of_triton(compiled: Any, blocks: int, values: Sequence[float | str | None], *, overlap: bool) -> Launch | None:
+    """Of a kernel that Triton compiled and loaded. None if it does not take what CUDA says that it takes.
+
+    values: its arguments in their order, constants too, a tensor by one of TENSORS, None for no address. Those that
+    Triton made constants are gone, and two addresses of scratch memory, of which it needs none, come last, as in
+    torch._inductor.runtime.static_triton_launcher.
+    """
+    parameters: list[bytes] = []
+    addresses: dict[tuple[int, int], str] = {}
+    try:
+        for name, value in zip(compiled.src.fn.arg_names, values, strict=True):
+            kind = compiled.src.signature[name]
+            if kind.startswith("*"):
+                addresses |= {(len(parameters), 0): value} if isinstance(value, str) else {}
+                parameters.append(bytes(8))
+            elif kind != "constexpr":
+                parameters.append(struct.pack(_PACKED[kind], value))
+        metadata = compiled.metadata
+        parameters += [bytes(8)] * 2
+        is_plain = not (metadata.global_scratch_size or metadata.profile_scratch_size) and metadata.num_ctas == 1
+        if is_plain and parameter_sizes(compiled.function) == [len(parameter) for parameter in parameters]:
+            threads = 32 * metadata.num_warps
+            return Launch(compiled.function, blocks, threads, metadata.shared, overlap, parameters, addresses)
+    except (AttributeError, KeyError) as error:
+        logger.debug("Triton's %s: %r", compiled, error)
+    _say_that_python_launches("this Triton's kernels take other arguments than expected")
+    return None
+
+
+class Plan:
+    """Launches in a row, and the tensors that they write."""
+
+    def __init__(self, library: Any, out: torch.Tensor, tiles_bytes: int, flags_bytes: int, launches: Sequence[Launch]):
+        """`out` as the op returns it."""
+        sizes, strides = (c_int64 * out.dim())(*out.shape), (c_int64 * out.dim())(*out.stride())
+        self._library = library
+        self._plan = library.sagecompile_plan(sizes, strides, out.dim(), tiles_bytes, flags_bytes)
+        for launch in launches:
+            begins, size = [], 0
+            for parameter in launch.parameters:
+                begins.append(size)
+                size += -(-len(parameter) // 8) * 8
+            to = [(begins[at] + byte, TENSORS.index(tensor)) for (at, byte), tensor in launch.addresses.items()]
+            library.sagecompile_add(
+                self._plan, launch.function, launch.blocks, launch.threads, launch.shared_bytes, launch.overlap,
+                b"".join(parameter.ljust(-(-len(parameter) // 8) * 8, b"\0") for parameter in launch.parameters), size,
+                (c_uint32 * len(begins))(*begins), len(begins), (c_uint32 * (2 * len(to)))(*sum(to, ())), len(to),
+            )  # fmt: skip
+
+    def leave(self) -> None:
+        """For the op's call that is under way on this thread, and those like it."""
+        self._library.sagecompile_leave(self._plan)
+
+    def __del__(self) -> None:
+        self._library.sagecompile_forget(self._plan)
+
+
+def start() -> None:
+    """Build while other things are; `library` waits for it."""
+    _building()
+
+
+@cache
+def library() -> Any:
+    """As `load`; None where it cannot be had, which is said."""
+    try:
+        path = _building().result()
+        driver, cuda = ctypes.CDLL(DRIVER), ctypes.CDLL(str(TORCH / "lib" / "libtorch_cuda.so"))
+        return load(path, driver, cuda.aoti_torch_get_current_cuda_stream)
+    except (UnsupportedError, OSError, AttributeError) as error:
+        _say_that_python_launches(str(error))
+        return None
+
+
+def load(path: Path, driver: Any, current_stream: Any) -> Any:
+    """relaunch.cpp's functions, given the driver's and torch's; from now on it has its ops' kernels."""
+    functions = (driver.cuLaunchKernelEx, driver.cuCtxGetCurrent, current_stream)
+    library = ctypes.CDLL(str(path))
+    library.sagecompile_functions.argtypes = (c_void_p,) * 3
+    library.sagecompile_plan.argtypes = (c_void_p, c_void_p, c_int, c_int64, c_int64)
+    library.sagecompile_plan.restype = c_void_p
+    library.sagecompile_add.argtypes = (
+        c_void_p, c_void_p, *(c_uint32,) * 3, c_int, c_char_p, c_uint32, *(c_void_p, c_uint32) * 2,
+    )  # fmt: skip
+    library.sagecompile_leave.argtypes = library.sagecompile_forget.argtypes = (c_void_p,)
+    library.sagecompile_functions(*(ctypes.cast(function, c_void_p) for function in functions))
+    return library
+
+
+@cache
+def _say_that_python_launches(why: str) -> None:
+    logger.warning("each attention takes the host three times as long, as Python launches it: %s", why)
+
+
+@cache
+def _building() -> Future[Path]:
+    return ThreadPoolExecutor(1).submit(build)
+
+
+def build(*flags: str) -> Path:
+    """The library; UnsupportedError where the compiler says no."""
+    for_torch = (f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+    version = f'-DTORCH="{torch.__version__}"'  # another torch needs another library
+    return compiler.library(SOURCE, "what launches Hopper's kernels", ["-O1", version, *flags, *for_torch])
