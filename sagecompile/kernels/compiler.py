@@ -1,6 +1,7 @@
 """The user's own C++ compiler, for what of us is C++: each library is built once for each source and command.
 
-In: a source file and flags. Out: the library's path, or UnsupportedError with the reason why there is none.
+In: a source file and flags. Out: the library's path, or UnsupportedError with the reason why there is none. What needs
+torch's headers takes several seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -22,6 +24,16 @@ from sagecompile.errors import UnsupportedError
 logger = logging.getLogger("sagecompile")
 
 FLAGS = ("-std=c++17", "-fPIC", "-shared")
+TORCH = Path(torch.__file__).parent
+WITH_TORCH = (
+    "-O1",
+    f'-DTORCH="{torch.__version__}"',  # another torch needs another library
+    f"-I{TORCH / 'include'}",
+    f"-L{TORCH / 'lib'}",
+    "-ltorch_cpu",
+    "-lc10",
+)
+"""For what uses torch's headers."""
 
 
 def why_none() -> str | None:

@@ -1,7 +1,8 @@
 """Quantized attention on x86 CPUs with AVX-512 VNNI: INT8 QK^T, PV in bfloat16 (float32 where the CPU has none).
 
 In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written. The kernel, its layouts and its
-arithmetic are explained at the top of attention.cpp; it is built on first use.
+arithmetic are explained at the top of attention.cpp; it is built on first use. From then on the ops call it without
+Python (ops.cpp), but for heads that 8 bits cannot hold.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sagecompile.formats import PROVIDERS
 from sagecompile.kernels.check import check
 from sagecompile.kernels.sdpa import sdpa
 
-from .build import function, why_not
+from .build import function, register_ops, why_not
 
 __all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
 
@@ -43,6 +44,7 @@ def attention(
     check(q, k, v, out, format, FORMATS, MAX_HEAD_DIM, causal_offset)
     if not q.is_cpu:
         raise ValueError(f"q {q.device}: need the CPU")
+    register_ops()
     ahead = min(causal_offset, k.shape[2]) if is_causal else k.shape[2]
     sizes = (*q.shape, *k.shape[1:3], ahead, _DTYPES[q.dtype], torch.get_num_threads())
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
@@ -51,22 +53,31 @@ def attention(
     if function()(*pointers, struct.pack(f"{len(sizes) + len(strides)}q", *sizes, *strides), scale, flags) != 0:
         raise MemoryError(f"no memory for K {tuple(k.shape)} in 8 bits and V in 16 or 32")
     if any(flags.raw):
-        _recompute_flagged(q, k, v, out, flags.raw, scale, is_causal, causal_offset)
+        heads = torch.frombuffer(flags, dtype=torch.uint8).view(q.shape[:2])
+        _exact_heads(q, k, v, out, heads, scale, is_causal, causal_offset)
 
 
-def _recompute_flagged(
+library = torch.library.Library("sagecompile", "FRAGMENT")
+library.define(
+    "exact_heads_in_python(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor flags, float scale, bool is_causal, "
+    "int causal_offset) -> ()"
+)
+
+
+@torch.library.impl(library, "exact_heads_in_python", "CPU")
+def _exact_heads(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    flags: bytes,
+    flags: torch.Tensor,
     scale: float,
     is_causal: bool,
     causal_offset: int,
 ) -> None:
-    """SDPA's own result for the heads that INT8 cannot hold: too steep, or with a NaN or Inf."""
-    heads = torch.tensor(list(flags)).view(out.shape[:2])
-    b, h = heads.nonzero(as_tuple=True)
+    """SDPA's own result for the heads that INT8 cannot hold, too steep, or with a NaN or Inf: flags (B, Hq) not 0."""
+    b, h = flags.nonzero(as_tuple=True)
     kv_h = h // (q.shape[1] // k.shape[1])
     chosen = (x[None] for x in (q[b, h], k[b, kv_h], v[b, kv_h]))
-    out[b, h] = sdpa(*chosen, scale=scale, is_causal=is_causal, causal_offset=causal_offset)[0]
+    with torch.autocast("cpu", enabled=False):
+        out[b, h] = sdpa(*chosen, scale=scale, is_causal=is_causal, causal_offset=causal_offset)[0]

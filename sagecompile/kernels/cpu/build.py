@@ -1,12 +1,13 @@
-"""Build the C++ kernel with the user's own compiler, once for each source and kind of CPU.
+"""Build the C++ kernel with the user's own compiler, once for each source and kind of CPU, and the ops that call it.
 
 In: the compiler that Inductor would use, and what /proc/cpuinfo says of this CPU. Out: the library's one function, or
-the reason why there is none. It is plain C++ without torch's headers, so that it builds in seconds.
+the reason why there is none. It is plain C++ without torch's headers, so that it builds in seconds; the ops have them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import platform
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import compiler
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+logger = logging.getLogger("sagecompile")
+
+SOURCE, OPS = (Path(__file__).with_name(name) for name in ("attention.cpp", "ops.cpp"))
 CPUINFO = Path("/proc/cpuinfo")
 
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma")
@@ -53,3 +56,15 @@ def function(*extra_flags: str, bf16: bool = True) -> Any:
     attention = ctypes.CDLL(str(built)).sagecompile_attention
     attention.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_float, ctypes.c_void_p)
     return attention
+
+
+@cache
+def register_ops() -> None:
+    """From now on torch's ops call the kernel themselves; where they cannot be built, which is said, through Python."""
+    try:
+        library = ctypes.CDLL(str(compiler.library(OPS, "the CPU's ops", compiler.WITH_TORCH)))
+    except (UnsupportedError, OSError) as error:
+        logger.warning("each attention of a CPU takes 35 to 85 us longer, as Python calls its kernel: %s", error)
+        return
+    library.sagecompile_kernel.argtypes = (ctypes.c_void_p,)
+    library.sagecompile_kernel(ctypes.cast(function(), ctypes.c_void_p))

@@ -28,7 +28,6 @@ from .runtime import DRIVER, Kernel, parameter_sizes
 
 logger = logging.getLogger("sagecompile")
 
-TORCH = Path(torch.__file__).parent
 SOURCE = Path(__file__).with_name("relaunch.cpp")
 TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags")
 """By their number in relaunch.cpp: the ops' arguments, then what a call makes."""
@@ -126,7 +125,7 @@ def library() -> Any:
     """As `load`; None where it cannot be had, which is said."""
     try:
         path = _building().result()
-        driver, cuda = ctypes.CDLL(DRIVER), ctypes.CDLL(str(TORCH / "lib" / "libtorch_cuda.so"))
+        driver, cuda = ctypes.CDLL(DRIVER), ctypes.CDLL(str(compiler.TORCH / "lib" / "libtorch_cuda.so"))
         return load(path, driver, cuda.aoti_torch_get_current_cuda_stream)
     except (UnsupportedError, OSError, AttributeError) as error:
         _say_that_python_launches(str(error))
@@ -160,6 +159,4 @@ def _building() -> Future[Path]:
 
 def build(*flags: str) -> Path:
     """The library; UnsupportedError where the compiler says no."""
-    for_torch = (f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
-    version = f'-DTORCH="{torch.__version__}"'  # another torch needs another library
-    return compiler.library(SOURCE, "what launches Hopper's kernels", ["-O1", version, *flags, *for_torch])
+    return compiler.library(SOURCE, "what launches Hopper's kernels", [*compiler.WITH_TORCH, *flags])

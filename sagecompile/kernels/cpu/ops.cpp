@@ -1,0 +1,104 @@
+// sagecompile's ops on CPU tensors without Python: attention.cpp's kernel for what it can run.
+//
+// In: the arguments of an op. Out: its result. All else, also what is wrong, goes to Python, by the op of the same name
+// with `_in_python` behind it. Why: Python takes the host 35 us for a call in a loop and 85 in a model, whose other code
+// drives it out of the caches; SDPA of short sequences takes less.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace {
+
+int (*kernel)(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale, uint8_t* flags);
+
+constexpr int64_t MAX_HEAD_DIM = 128;  // of the format
+
+int64_t number_of(at::ScalarType dtype) {
+    return dtype == at::kFloat ? 0 : dtype == at::kBFloat16 ? 1 : dtype == at::kHalf ? 2 : -1;
+}
+
+bool is_plain(const at::Tensor& x) {
+    return x.dim() == 4 && x.layout() == c10::kStrided && !(x.requires_grad() && at::GradMode::is_enabled());
+}
+
+bool can_run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::string_view format,
+             std::string_view provider) {
+    return kernel && provider == "cpu" && format == "qk_int8_pv_fp16" && is_plain(q) && is_plain(k) && is_plain(v) &&
+           number_of(q.scalar_type()) >= 0 && q.scalar_type() == k.scalar_type() &&
+           q.scalar_type() == v.scalar_type() && k.sizes() == v.sizes() && q.size(0) == k.size(0) &&
+           q.size(3) == k.size(3) && q.size(3) <= MAX_HEAD_DIM && q.numel() > 0 && k.numel() > 0 &&
+           q.size(1) % k.size(1) == 0;
+}
+
+// Leaves to Python the heads that INT8 cannot hold.
+void mend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, at::Tensor flags,
+          double scale, bool is_causal, int64_t causal_offset) {
+    using Exact = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                       double, bool, int64_t);
+    static const auto exact =
+        c10::Dispatcher::singleton().findSchemaOrThrow("sagecompile::exact_heads_in_python", "").typed<Exact>();
+    exact.call(q, k, v, out, flags, scale, is_causal, causal_offset);
+}
+
+// False where there is no memory.
+bool attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, double scale,
+            bool is_causal, int64_t causal_offset) {
+    const int64_t ahead = is_causal ? std::min(causal_offset, k.size(2)) : k.size(2);
+    int64_t sizes[9 + 16] = {q.size(0), q.size(1), q.size(2), q.size(3), k.size(1), k.size(2),
+                             ahead, number_of(q.scalar_type()), at::get_num_threads()};
+    int64_t* strides = sizes + 9;
+    for (const at::Tensor* x : {&q, &k, &v, &out}) strides = std::copy(x->strides().begin(), x->strides().end(), strides);
+    std::vector<uint8_t> flags(q.size(0) * q.size(1));
+    const auto data = [](const at::Tensor& x) { return const_cast<void*>(x.const_data_ptr()); };
+    if (kernel(data(q), data(k), data(v), out.mutable_data_ptr(), sizes, static_cast<float>(scale), flags.data()) != 0)
+        return false;
+    if (std::any_of(flags.begin(), flags.end(), [](uint8_t flag) { return flag != 0; }))
+        mend(q, k, v, out, at::from_blob(flags.data(), {q.size(0), q.size(1)}, at::kByte), scale, is_causal, causal_offset);
+    return true;
+}
+
+at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::optional<double> scale,
+                     bool is_causal, std::string_view format, std::string_view provider, bool tokens_first) {
+    if (can_run(q, k, v, format, provider)) {
+        const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
+        const auto out = tokens_first ? at::empty({batch, tokens, heads, head_dim}, q.options()).transpose(1, 2)
+                                      : at::empty({batch, heads, tokens, head_dim}, q.options());
+        if (attend(q, k, v, out, scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))), is_causal, 0)) return out;
+    }
+    static const auto in_python = c10::Dispatcher::singleton()
+                                      .findSchemaOrThrow("sagecompile::attention_in_python", "")
+                                      .typed<decltype(attention)>();
+    return in_python.call(q, k, v, scale, is_causal, format, provider, tokens_first);
+}
+
+void attention_into(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, double scale,
+                    bool is_causal, std::string_view format, std::string_view provider, int64_t causal_offset) {
+    const bool can_write = is_plain(out) && out.sizes() == q.sizes() && out.scalar_type() == q.scalar_type();
+    if (can_write && causal_offset >= 0 && can_run(q, k, v, format, provider) &&
+        attend(q, k, v, out, scale, is_causal, causal_offset))
+        return;
+    static const auto in_python = c10::Dispatcher::singleton()
+                                      .findSchemaOrThrow("sagecompile::attention_into_in_python", "")
+                                      .typed<decltype(attention_into)>();
+    in_python.call(q, k, v, out, scale, is_causal, format, provider, causal_offset);
+}
+
+}  // namespace
+
+extern "C" void sagecompile_kernel(void* attention) { kernel = reinterpret_cast<decltype(kernel)>(attention); }
+
+TORCH_LIBRARY_IMPL(sagecompile, CPU, library) {
+    library.impl("attention", TORCH_FN(attention));
+    library.impl("attention_into", TORCH_FN(attention_into));
+}
