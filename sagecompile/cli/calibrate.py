@@ -43,7 +43,7 @@ class Grid:
     heads: tuple[int, ...]
     """Of all sequences."""
     lengths: tuple[int, ...]
-    """Round ones, and others between them."""
+    """Round ones, and others between them: on a CPU little and much beyond them, as cost/profile.py has it."""
     flops: float
     turns: int
     """How often all of it is measured, for the mean: what else runs on a CPU comes and goes."""
@@ -58,7 +58,8 @@ GRIDS = {
         heads=(2, 6, 16, 48),
         lengths=(
             *(16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
-            *(9, 23, 29, 34, 46, 50, 61, 66, 94, 125, 130, 189, 194, 253, 258, 361, 509, 514, 725, 1449, 2897),
+            *(18, 34, 50, 66, 130, 194, 258, 514, 1026, 2050),
+            *(13, 29, 45, 61, 93, 125, 189, 253, 509, 1021, 2045),
         ),
         flops=2e9,
         turns=4,

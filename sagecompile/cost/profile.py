@@ -4,9 +4,10 @@ In: points, each the device's times at one dtype, head dim, causality, number of
 them (prologues.py); what a launch costs the host. Out: times at any shape that the grid encloses, and the length from
 which on an alternative wins.
 Between points times are powers of the length and of the heads, straight lines in logarithms; lengths that are multiples
-of ROUND have lines of their own, because many kernels are faster there. Beyond the longest length and the most heads
-the last ratio holds, as all processors are at work by then; below the shortest and the fewest nothing is said. Where
-some heads were measured up to a length and others were not, those are asked: long calls have work enough for all.
+of ROUND have lines of their own, because many kernels are faster there, and so have, on CPUs, those with much beyond
+one: SDPA takes 154 us for 64 tokens, 205 for 63. Beyond the longest length and the most heads the last ratio holds, as
+all processors are at work by then; below the shortest and the fewest nothing is said. Where some heads were measured up
+to a length and others were not, those are asked: long calls have work enough for all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .prologues import SDPA, Making, PrologueCosts
 
 SCHEMA = 6
 SHIPPED = "shipped"
-ROUND = 16
+ROUND, LITTLE, MUCH = 16, 2, 13
+"""Tokens; and beyond a multiple of them how many are measured for little and for much."""
 
 Curve = list[tuple[int, float]]
 """(length, speed-up over SDPA), by rising length."""
@@ -119,23 +121,23 @@ class Profile:
         )  # fmt: skip
 
     @cached_property
-    def _lines(self) -> dict[tuple[Family, str, bool], dict[int, Line]]:
-        """For each family, alternative, and whether lengths are round, the lines by their heads, fewest first."""
-        found: dict[tuple[Family, str, bool], dict[int, list[Point]]] = {}
+    def _lines(self) -> dict[tuple[Family, str, int], dict[int, Line]]:
+        """For each family, alternative and kind of length, the lines by their heads, fewest first."""
+        found: dict[tuple[Family, str, int], dict[int, list[Point]]] = {}
         for point in sorted(self.points, key=lambda point: (point.heads, point.length)):
             for name in point.us.keys() - {SDPA}:
-                key = point.family, name, point.length % ROUND == 0
+                key = point.family, name, _kind(point.length)
                 found.setdefault(key, {}).setdefault(point.heads, []).append(point)
         return {key: {heads: _line(on, key[1]) for heads, on in lines.items()} for key, lines in found.items()}
 
-    def _of(self, family: Family, alternative: str, is_round: bool) -> dict[int, Line]:
-        """The lines of round lengths, or of others; where only the other kind was measured, that."""
-        kinds = ((family, alternative, kind) for kind in (is_round, not is_round))
-        return next((self._lines[kind] for kind in kinds if kind in self._lines), {})
+    def _of(self, family: Family, alternative: str, kind: int) -> dict[int, Line]:
+        """The lines of a kind of lengths; where only others were measured, those."""
+        kinds = ((family, alternative, known) for known in (kind, LITTLE, 0))
+        return next((self._lines[key] for key in kinds if key in self._lines), {})
 
     def fewest_heads(self, family: Family, alternative: str) -> int | None:
         """That something is known of; None if nothing is."""
-        return min(self._of(family, alternative, True), default=None)
+        return min(self._of(family, alternative, 0), default=None)
 
     def times(
         self, family: Family, alternative: str, heads: int, length: float, making: Making | None = None
@@ -145,9 +147,13 @@ class Profile:
         `making`: what the alternative fuses, and Inductor does in front of SDPA. What that takes is counted if it is
         known of both, else only the launches are.
         """
-        found = self._device_us(self._of(family, alternative, length % ROUND == 0), heads, length)
-        if found is None:
+        beyond = length % ROUND
+        kinds = (LITTLE, MUCH) if beyond else (0, 0)
+        little, much = (self._device_us(self._of(family, alternative, kind), heads, length) for kind in kinds)
+        if little is None or much is None:
             return None
+        weight = min(1.0, max(0.0, (beyond - LITTLE) / (MUCH - LITTLE)))
+        found = [a ** (1 - weight) * b**weight for a, b in zip(little, much, strict=True)]
         counted = making if making is not None and self.knows(making, alternative) else None
 
         def time(name: str, device_us: float) -> Time:
@@ -180,10 +186,10 @@ class Profile:
     def speedups(
         self, family: Family, alternative: str, heads: int, cuda_graphs: bool, making: Making | None = None
     ) -> list[Curve]:
-        """Over SDPA at the measured lengths: a curve of the round ones and one of the others, each if it is known."""
+        """Over SDPA at the measured lengths: a curve of each kind that is known."""
         curves = []
-        for is_round in (True, False):
-            lines = self._lines.get((family, alternative, is_round), {})
+        for kind in (0, LITTLE, MUCH):
+            lines = self._lines.get((family, alternative, kind), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
             found = [(length, self.times(family, alternative, heads, length, making)) for length in lengths]
             curves.append([(length, speedup(times, cuda_graphs)) for length, times in found if times is not None])
@@ -201,6 +207,12 @@ def averaged(races: Sequence[Mapping[str, Time]]) -> dict[str, Time]:
         device, launch = zip(*(times[name] for times in races if name in times), strict=True)
         found[name] = Time(geometric_mean(device), fmean(launch))
     return found
+
+
+def _kind(length: float) -> int:
+    """Of a length: 0 a multiple of ROUND; LITTLE or MUCH beyond one."""
+    beyond = length % ROUND
+    return int(beyond) if beyond in (0, MUCH) else LITTLE
 
 
 def launched(name: str, fused: bool) -> str:
