@@ -109,6 +109,8 @@ class Device:
     """Of a CUDA device."""
     threads: int | None = None
     """Of a CPU, as many as torch uses."""
+    slow_launches: bool = False
+    """Whether Python launches what C++ would, if there was a compiler."""
 
 
 def _same(a: Size, b: Size) -> bool:

@@ -140,6 +140,14 @@ class TestPredict:
     def test_of_another_device_nothing_is_known(self):
         assert cost.predict(SITE, "qk_int8_pv_fp8", "triton", Device("cuda", "TPU"), 1.05) is None
 
+    def test_a_machine_that_launches_slowly_goes_by_its_own_profile(self, monkeypatch):
+        slow = replace(GPU, slow_launches=True)
+        for source, knows in (("shipped", False), ("mine.json", True)):
+            monkeypatch.setattr(cost, "profiles", lambda source=source: {"GPU": replace(RISING, source=source)})
+            for cuda_graphs in (False, True):
+                found = cost.predict(SITE, "qk_int8_pv_fp8", "triton", slow, 1.05, cuda_graphs)
+                assert (found is not None) == (knows or cuda_graphs)
+
     def test_launches_count_outside_of_cuda_graphs(self, monkeypatch):
         launched = replace(RISING, launch_us={SDPA: 20.0, FAST: 250.0})
         monkeypatch.setattr(cost, "profiles", lambda: {"GPU": launched})

@@ -388,6 +388,15 @@ class TestStore:
         store.forget()
         assert store.recall(KEY) is None and not list(folder.iterdir())
 
+    def test_counts_what_holds_for_some_facts(self, folder):
+        for key in (KEY, KEY | {"q_len": 91}, KEY | {"torch": "2.0"}, KEY | {"device": "another"}):
+            store.remember(key, {"times": {}})
+        (folder / "broken.json").write_text("{")
+        (folder / "older.json").write_text(json.dumps({"schema": 0, "key": KEY}))
+        assert store.count({"device": "some CPU"}) == 3
+        assert store.count({"device": "some CPU", "torch": "2.0"}) == 1
+        assert store.count({"device": "some CPU", "torch": None}) == 0
+
     def test_many_processes_at_once(self, tmp_path, folder):
         code = (
             "import sys; from sagecompile.cost import store\nfor i in range(200): store.remember({'k': 1}, {'by': i})"

@@ -41,13 +41,14 @@ def examine() -> dict[str, Any]:
     return {
         "versions": names | optional | {"cuda": torch.version.cuda or "none in this torch"},
         "settings": dataclasses.asdict(settings.from_environment()),
-        "measurements": {"folder": str(store.folder()), "files": len(list(store.folder().glob("*.json")))},
+        "measurements": str(store.folder()),
         "devices": [_examine_device(name) for name in devices],
     }
 
 
 def _examine_device(name: str) -> dict[str, Any]:
-    from sagecompile.cost import profiles
+    from sagecompile.backend import measurements
+    from sagecompile.cost import profiles, store
     from sagecompile.formats import FORMATS, PROVIDERS
     from sagecompile.kernels import available
 
@@ -63,6 +64,7 @@ def _examine_device(name: str) -> dict[str, Any]:
         "device": name,
         "name": device.name,
         "compute_capability": device.compute_capability,
+        "measured": store.count(measurements(name, cuda_graphs=False).machine),
         "profile": {"date": profile.date, "source": profile.source} if profile else None,
         "formats": rows,
     }
@@ -87,8 +89,7 @@ def render(found: dict[str, Any]) -> str:
     """The same as text."""
     lines = [f"{name:13} {value}" for name, value in found["versions"].items()]
     lines += ["", "settings      " + ", ".join(f"{key}={value}" for key, value in found["settings"].items())]
-    kept = found["measurements"]
-    lines.append(f"measurements  {kept['files']} in {kept['folder']}")
+    lines.append(f"measurements  in {found['measurements']}")
     for device in found["devices"]:
         capability = device["compute_capability"]
         shown = f", compute capability {capability[0]}.{capability[1]}" if capability else ""
@@ -101,7 +102,8 @@ def render(found: dict[str, Any]) -> str:
             )
         else:
             lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it;")
-            lines.append("  `sagecompile calibrate` measures a grid of them in a minute or two")
+            lines.append("  `sagecompile calibrate` measures a grid of them in about two minutes")
+        lines.append(f"  {device['measured']} measurements that hold for these versions")
         lines += [
             f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"
             for row in device["formats"]

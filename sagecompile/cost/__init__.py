@@ -20,7 +20,7 @@ from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite, Device
 
 from . import store
-from .profile import Family, Profile, Time, crossing_of, speedup
+from .profile import Family, Profile, Time, crossing_of, host_of, speedup
 from .prologues import Making
 
 logger = logging.getLogger("sagecompile")
@@ -96,14 +96,17 @@ def predict(
 ) -> Prediction | None:
     """The speed-up that the device's profile says, or None where it says nothing; `wanted`: what it takes to be used.
 
-    A CPU's profile holds for as many threads alone: with others it is not sure, and no crossing is known. Neither is it
-    sure of prologues that were not measured, of which only the launches count. Sizes that are numbers get the times at
-    them. Lengths that are symbols get the speed-up at the most tokens, and the crossing, the shortest from which on the
-    kernel wins by `wanted`: no length is compared here. Symbolic numbers of heads are compared once, with the fewest
-    measured.
+    Of a machine whose launches are slower than those of others of its kind only its own profile knows, outside of CUDA
+    graphs. A CPU's profile holds for as many threads alone: with others it is not sure, and no crossing is known.
+    Neither is it sure of prologues that were not measured, of which only the launches count. Sizes that are numbers get
+    the times at them. Lengths that are symbols get the speed-up at the most tokens, and the crossing, the shortest from
+    which on the kernel wins by `wanted`: no length is compared here. Symbolic numbers of heads are compared once, with
+    the fewest measured.
     """
     profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
+        return None
+    if device.slow_launches and not (cuda_graphs or profile.is_own):
         return None
     families = _families(site, device)
     family = next((one for one in families if profile.fewest_heads(one, alternative) is not None), None)
@@ -123,7 +126,7 @@ def predict(
         if times is None:
             return None
         found = speedup(times, cuda_graphs)
-        sdpa, ours = (_shown(time.us(cuda_graphs)) for time in times)
+        sdpa, ours = (_shown(time.us(cuda_graphs, host_of(times, cuda_graphs))) for time in times)
         basis = f"{ours} against {sdpa}{' with what makes q and k' if making and known else ''}, {when}"
         sure = alike and known and not wanted / NEAR < found < wanted * NEAR
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)

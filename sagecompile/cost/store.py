@@ -73,6 +73,19 @@ def remember(key: Mapping[str, Any], found: dict[str, Any]) -> None:
         _warn_once(f"measurements cannot be kept in {file.parent} ({error.strerror}): every process measures again")
 
 
+def count(facts: Mapping[str, Any]) -> int:
+    """How many measurements hold for these facts, which are parts of their keys."""
+    found = 0
+    for file in folder().glob("*.json"):
+        try:
+            stored = json.loads(file.read_text())
+            key = stored["key"] if stored["schema"] == SCHEMA else {}
+            found += all(name in key and key[name] == value for name, value in facts.items())
+        except (OSError, ValueError, KeyError, TypeError):  # it is set aside when it is asked for
+            continue
+    return found
+
+
 def _file(key: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     return folder() / f"{digest[:24]}.json"

@@ -21,7 +21,7 @@ from sagecompile.formats import FORMATS, PROVIDERS, beats, fuses
 from sagecompile.site import AttentionSite, Device
 from sagecompile.site import Prologue as Made
 
-from . import launcher
+from . import compiler, launcher
 from .prologue import Prologue, example
 
 logger = logging.getLogger("sagecompile")
@@ -45,7 +45,8 @@ def device(name: str) -> Device:
 
 @cache
 def _cuda_device(device: torch.device) -> Device:
-    return Device("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return Device("cuda", name, capability, slow_launches=compiler.why_none() is not None)
 
 
 @cache
@@ -53,7 +54,8 @@ def machine(name: str) -> dict[str, str | int | None]:
     """What a time measured on a torch device holds for: the device, what runs on it, and with what."""
     found: dict[str, str | int | None] = {"device": device(name).name}
     found |= {"torch": torch.__version__, "triton": version("triton"), "sageattention": version("sageattention")}
-    return found | ({"driver": _nvidia_driver()} if device(name).type == "cuda" else {})
+    cuda = {"driver": _nvidia_driver(), "slow_launches": device(name).slow_launches}
+    return found | (cuda if device(name).type == "cuda" else {})
 
 
 def _nvidia_driver() -> str | None:

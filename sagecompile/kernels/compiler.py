@@ -26,7 +26,8 @@ logger = logging.getLogger("sagecompile")
 FLAGS = ("-std=c++17", "-fPIC", "-shared")
 TORCH = Path(torch.__file__).parent
 WITH_TORCH = (
-    "-O1",
+    "-O2",
+    "-DNDEBUG",
     f'-DTORCH="{torch.__version__}"',  # another torch needs another library
     f"-I{TORCH / 'include'}",
     f"-L{TORCH / 'lib'}",
@@ -51,7 +52,10 @@ def library(source: Path, what: str, flags: Sequence[str]) -> Path:
     if reason is not None:
         raise UnsupportedError(reason)
     command = [get_cpp_compiler(), *FLAGS, str(source), *flags]
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    try:
+        version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    except subprocess.SubprocessError as error:
+        raise UnsupportedError(f"{command[0]} --version failed: {error}") from error
     key = hashlib.sha256(b"\0".join([source.read_bytes(), version, *map(str.encode, command)])).hexdigest()[:20]
     found = Path(cache_dir(), "sagecompile", f"{source.stem}_{key}.so")
     if found.exists():

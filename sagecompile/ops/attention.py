@@ -3,10 +3,11 @@
 In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides, never modified. Out: a new (B, H, Nq, D) tensor, in memory
 (B, Nq, H, D) if `tokens_first`, as SDPA's fused kernels return it. It launches on the current stream of the tensors'
 own device, asks the device nothing and waits for nothing, so that it can be captured in a CUDA graph. It has no
-backward: where a gradient is asked for a call raises UnsupportedError, and torch warns of a graph that has such a call.
+backward: where a tensor requires a gradient a call raises UnsupportedError, and torch warns of a graph that has such a
+call; torch.func's transforms see none.
 `qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
-kernels/prologue.py says. `attention_into` writes a tensor that there is, and its queries may be the last of the tokens:
-query i sees the keys j <= i + causal_offset where causal.
+kernels/prologue.py says. `attention_into` writes a tensor that there is, whose elements must not share memory, and its
+queries may be the last of the tokens: query i sees the keys j <= i + causal_offset where causal.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SCHEMAS = {
 }
 library = torch.library.Library("sagecompile", "DEF")
 IN_PYTHON = "_in_python"
-"""Behind an op's name: the same without C++, which calls it for what it does not know (kernels/hopper/relaunch.py)."""
+"""Behind an op's name: the same without C++ (hopper/relaunch.cpp and cpu/ops.cpp in kernels/), which calls it for all
+that it cannot do itself."""
 for _name, _schema in SCHEMAS.items():
     # flexible_layout: any input strides will do, so Inductor need not copy to keep the eager ones.
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
@@ -185,8 +187,18 @@ def _attention_into(
 ) -> None:
     _check_gradients(q, k, v, out)
     _check(q, k, v, format, provider)
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise UnsupportedError(
+            f"out {tuple(out.shape)} {out.dtype} on {out.device}: needs q's, {tuple(q.shape)} {q.dtype} on {q.device}"
+        )
+    if causal_offset < 0 or k.shape[2] == 0:
+        raise UnsupportedError(f"causal_offset {causal_offset}, {k.shape[2]} keys: needs 0 or more, and some")
     if causal_offset and not PROVIDERS[provider].causal_offset:
         raise UnsupportedError(f"causal_offset {causal_offset}: {provider} has none")
+    if q.numel() == 0:
+        return
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # for whoever saved it for a gradient
     offset = {"causal_offset": causal_offset} if causal_offset else {}
     _launch(provider, q, k, v, out, scale=scale, is_causal=is_causal, format=format, **offset)
 

@@ -111,7 +111,8 @@ def test_doctor(capsys):
     assert cpu["device"] == "cpu" and {row["format"] for row in cpu["formats"]} == {"qk_int8_pv_fp16", "qk_int8_pv_fp8"}
     assert all(row["works"] for row in cpu["formats"] if row["provider"] == "reference")
     assert main(["doctor"]) == 0
-    assert "reference     works" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "reference     works" in text and f"{cpu['measured']} measurements that hold for these versions" in text
 
 
 @pytest.mark.parametrize(

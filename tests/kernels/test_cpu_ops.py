@@ -120,10 +120,21 @@ def test_python_does_the_rest_and_says_what_is_wrong(name: str) -> None:
 def test_an_output_that_does_not_fit_is_refused() -> None:
     q, k, v = inputs()
     for wrong in (torch.empty(2, 4, 71, 64), torch.empty(2, 4, 70, 64, dtype=torch.float16)):
-        with pytest.raises(ValueError, match="out"):
+        with pytest.raises(UnsupportedError, match="needs q's"):
             ops.attention_into(q, k, v, wrong, **INTO)
-    with pytest.raises(ValueError, match="causal_offset -1"):
+    with pytest.raises(UnsupportedError, match="causal_offset -1"):
         ops.attention_into(q, k, v, torch.empty_like(q), **(INTO | {"causal_offset": -1}))
+
+
+@pytest.mark.parametrize("provider", ["cpu", "reference"])
+def test_a_gradient_that_needs_what_was_overwritten_is_refused(provider: str) -> None:
+    q, k, v = inputs()
+    saved, weight = torch.randn_like(q), torch.ones(1, requires_grad=True)
+    loss = (weight * saved).sum()
+    with torch.no_grad():
+        ops.attention_into(q, k, v, saved, **(INTO | {"provider": provider}))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_without_a_library_python_calls_the_kernel(monkeypatch, caplog) -> None:
@@ -131,7 +142,7 @@ def test_without_a_library_python_calls_the_kernel(monkeypatch, caplog) -> None:
         raise UnsupportedError("no headers")
 
     monkeypatch.setattr(compiler, "library", refuse)
-    build.register_ops.__wrapped__()
+    build._register_ops.__wrapped__()
     assert "as Python calls its kernel: no headers" in caplog.text
     q, k, v = inputs()
     cpu.attention(q, k, v, torch.empty_like(q), scale=0.125, is_causal=False, format="qk_int8_pv_fp16")

@@ -268,7 +268,7 @@ def test_a_triton_kernel_that_is_not_as_expected(sizes, metadata, monkeypatch, c
     monkeypatch.setattr(relaunch, "parameter_sizes", lambda function: sizes)
     relaunch._say_that_python_launches.cache_clear()
     assert relaunch.of_triton(compiled(**metadata), 12, VALUES, overlap=True) is None
-    assert "Python launches it: this Triton's kernels" in caplog.text
+    assert "Python launches it: Triton's kernels" in caplog.text
 
 
 def test_sizes_of_parameters_are_the_drivers(monkeypatch):
@@ -287,9 +287,10 @@ def test_without_a_compiler_python_launches(monkeypatch, caplog):
         raise UnsupportedError("no C++ compiler")
 
     monkeypatch.setattr(compiler, "library", refuse)
-    relaunch._building.cache_clear(), relaunch.library.cache_clear()
+    relaunch._building.cache_clear(), relaunch._library.cache_clear()
+    relaunch._say_that_python_launches.cache_clear()
     assert relaunch.library() is None
-    relaunch._building.cache_clear(), relaunch.library.cache_clear()
+    relaunch._building.cache_clear(), relaunch._library.cache_clear()
     assert "no C++ compiler" in caplog.text and "Python launches it" in caplog.text
 
 
@@ -299,6 +300,10 @@ def test_without_a_compiler_python_launches(monkeypatch, caplog):
 )
 class TestOnGpu:
     """The project's own ops."""
+
+    @pytest.fixture(autouse=True)
+    def loaded(self) -> None:
+        assert relaunch.library() is not None
 
     @staticmethod
     def inputs(seed: int, length: int = 700, heads: int = 4, kv_heads: int = 2, head_dim: int = 128, **how: Any) -> Any:

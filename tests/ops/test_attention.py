@@ -234,6 +234,11 @@ def test_into_says_what_it_needs() -> None:
     q, k, v = inputs(9, 9)
     with pytest.raises(UnsupportedError, match="causal_offset 3: triton has none"):
         attention_into(q, k, v, torch.empty_like(q), **(INTO | {"provider": "triton"}), causal_offset=3)
+    for wrong in (torch.empty(1, 2, 8, 64), torch.empty_like(q).half()):
+        with pytest.raises(UnsupportedError, match="needs q's"):
+            attention_into(q, k, v, wrong, **INTO, causal_offset=0)
+    with pytest.raises(UnsupportedError, match="causal_offset -1"):
+        attention_into(q, k, v, torch.empty_like(q), **INTO, causal_offset=-1)
     with pytest.raises(UnsupportedError, match="no backward"):
         attention_into(q.requires_grad_(), k, v, torch.empty_like(q), **INTO, causal_offset=0)
 

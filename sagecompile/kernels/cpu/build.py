@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import platform
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,17 @@ def function(*extra_flags: str, bf16: bool = True) -> Any:
     return attention
 
 
-@cache
 def register_ops() -> None:
     """From now on torch's ops call the kernel themselves; where they cannot be built, which is said, through Python."""
+    with _lock:
+        _register_ops()
+
+
+_lock = threading.Lock()
+
+
+@cache
+def _register_ops() -> None:
     try:
         library = ctypes.CDLL(str(compiler.library(OPS, "the CPU's ops", compiler.WITH_TORCH)))
     except (UnsupportedError, OSError) as error:

@@ -7,7 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
@@ -71,9 +71,9 @@ bool attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::optional<double> scale,
                      bool is_causal, std::string_view format, std::string_view provider, bool tokens_first) {
     if (can_run(q, k, v, format, provider)) {
-        const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
-        const auto out = tokens_first ? at::empty({batch, tokens, heads, head_dim}, q.options()).transpose(1, 2)
-                                      : at::empty({batch, heads, tokens, head_dim}, q.options());
+        const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3), all = heads * tokens * head_dim;
+        const int64_t head = tokens_first ? head_dim : tokens * head_dim, token = tokens_first ? heads * head_dim : head_dim;
+        const auto out = at::empty_strided(q.sizes(), {all, head, token, 1}, q.options());
         if (attend(q, k, v, out, scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))), is_causal, 0)) return out;
     }
     static const auto in_python = c10::Dispatcher::singleton()
@@ -86,8 +86,10 @@ void attention_into(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     bool is_causal, std::string_view format, std::string_view provider, int64_t causal_offset) {
     const bool can_write = is_plain(out) && out.sizes() == q.sizes() && out.scalar_type() == q.scalar_type();
     if (can_write && causal_offset >= 0 && can_run(q, k, v, format, provider) &&
-        attend(q, k, v, out, scale, is_causal, causal_offset))
+        attend(q, k, v, out, scale, is_causal, causal_offset)) {
+        if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // for whoever saved it for a gradient
         return;
+    }
     static const auto in_python = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("sagecompile::attention_into_in_python", "")
                                       .typed<decltype(attention_into)>();

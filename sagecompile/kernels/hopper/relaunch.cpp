@@ -1,4 +1,4 @@
-// Every call of sagecompile's ops on CUDA but the first with tensors alike: its launches again, for other addresses.
+// The launches that Python made for a call of an op on CUDA, again, for other tensors alike.
 //
 // In: the arguments of an op, and what Python launched for such ones before: a `Plan`. Out: the op's result, or what its
 // fourth argument holds if it returns nothing. What is not planned goes to Python, by the op of the same name with
@@ -174,15 +174,18 @@ at::Tensor run(const Plan& plan, c10::ArrayRef<c10::IValue> arguments, bool into
 void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const size_t count = op.schema().arguments().size();
     const auto arguments = torch::jit::last(*stack, count);
-    Key key = key_of(op, arguments);
     void* context = nullptr;  // a thread that is new to CUDA has none; Python gets it one
     const bool can_launch = current_context && current_context(&context) == 0 && context;
+    Key key = key_of(op, arguments);
     const Shared plan = can_launch && !key.empty() ? find(key) : nullptr;
     if (plan) {
         const bool into = op.schema().returns().empty();
         auto out = run(*plan, arguments, into);
         torch::jit::drop(*stack, count);
-        if (!into) torch::jit::push(*stack, std::move(out));
+        if (!into)
+            torch::jit::push(*stack, std::move(out));
+        else if (!out.is_inference())
+            out.unsafeGetTensorImpl()->bump_version();  // for whoever saved it for a gradient
         return;
     }
     left = nullptr;

@@ -1,9 +1,10 @@
-"""From the second call on, ops with tensors alike are launched by C++: relaunch.cpp, which says what alike is.
+"""Once Python has launched an op for some tensors, C++ does so for all alike: relaunch.cpp, which says what that is.
 
 In: the launches of a call that Python made. Out: a `Plan`, which Python leaves for the op whose call is under way.
 Why: to find out that it may do the same again, and to do it, took the host 110 us in Python where SDPA takes 26 and C++
 27 (a slow H200's host, calls in a row); in a model, whose host has other code to run, it is 2.5 times that (LOG.md).
-Where there is no C++ compiler, or torch has no CUDA, Python launches everything.
+Where there is no C++ compiler, or the driver is older than CUDA 12.4, Python launches everything; so it does where
+tables of a prologue must be copied.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_char_p, c_int, c_int64, c_uint32, c_void_p
@@ -32,6 +34,9 @@ SOURCE = Path(__file__).with_name("relaunch.cpp")
 TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags")
 """By their number in relaunch.cpp: the ops' arguments, then what a call makes."""
 
+_kept: list[Any] = []
+"""Kernels of Triton, which unloads one that nobody has."""
+_lock = threading.Lock()
 _PACKED = {"i32": "i", "i64": "q", "fp32": "f"}
 """Triton's types in Python's letters."""
 
@@ -80,10 +85,11 @@ def of_triton(compiled: Any, blocks: int, values: Sequence[float | str | None], 
         is_plain = not (metadata.global_scratch_size or metadata.profile_scratch_size) and metadata.num_ctas == 1
         if is_plain and parameter_sizes(compiled.function) == [len(parameter) for parameter in parameters]:
             threads = 32 * metadata.num_warps
+            _kept.append(compiled)
             return Launch(compiled.function, blocks, threads, metadata.shared, overlap, parameters, addresses)
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, struct.error, OverflowError) as error:
         logger.debug("Triton's %s: %r", compiled, error)
-    _say_that_python_launches("this Triton's kernels take other arguments than expected")
+    _say_that_python_launches("Triton's kernels take other arguments than expected, or this driver does not say which")
     return None
 
 
@@ -92,8 +98,8 @@ class Plan:
 
     def __init__(self, library: Any, out: torch.Tensor, tiles_bytes: int, flags_bytes: int, launches: Sequence[Launch]):
         """`out` as the op returns it."""
+        self._library, self._plan = library, None
         sizes, strides = (c_int64 * out.dim())(*out.shape), (c_int64 * out.dim())(*out.stride())
-        self._library = library
         self._plan = library.sagecompile_plan(sizes, strides, out.dim(), tiles_bytes, flags_bytes)
         for launch in launches:
             begins, size = [], 0
@@ -120,9 +126,14 @@ def start() -> None:
     _building()
 
 
-@cache
 def library() -> Any:
     """As `load`; None where it cannot be had, which is said."""
+    with _lock:
+        return _library()
+
+
+@cache
+def _library() -> Any:
     try:
         path = _building().result()
         driver, cuda = ctypes.CDLL(DRIVER), ctypes.CDLL(str(compiler.TORCH / "lib" / "libtorch_cuda.so"))
@@ -149,7 +160,7 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
 
 @cache
 def _say_that_python_launches(why: str) -> None:
-    logger.warning("each attention takes the host three times as long, as Python launches it: %s", why)
+    logger.warning("each attention takes the host four times as long, as Python launches it: %s", why)
 
 
 @cache
