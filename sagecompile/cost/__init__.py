@@ -20,7 +20,7 @@ from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite, Device
 
 from . import store
-from .profile import Family, Profile, Time, crossing_of, host_of, speedup
+from .profile import Family, Profile, Time, counted_us, crossing_of, speedup
 from .prologues import Making
 
 logger = logging.getLogger("sagecompile")
@@ -126,7 +126,7 @@ def predict(
         if times is None:
             return None
         found = speedup(times, cuda_graphs)
-        sdpa, ours = (_shown(time.us(cuda_graphs, host_of(times, cuda_graphs))) for time in times)
+        sdpa, ours = map(_shown, counted_us(times, cuda_graphs))
         basis = f"{ours} against {sdpa}{' with what makes q and k' if making and known else ''}, {when}"
         sure = alike and known and not wanted / NEAR < found < wanted * NEAR
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)

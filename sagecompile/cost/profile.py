@@ -235,14 +235,15 @@ def speedup(times: tuple[Time, Time], cuda_graphs: bool) -> float:
 
     So that a device that takes longer is not chosen for its launches alone, which a quieter moment would do as fast.
     """
-    sdpa, other = (time.us(cuda_graphs, host_of(times, cuda_graphs)) for time in times)
+    sdpa, other = counted_us(times, cuda_graphs)
     return sdpa / other
 
 
-def host_of(times: tuple[Time, Time], cuda_graphs: bool) -> float:
-    """Which host a speed-up is of: 1 as it was, or FASTER_HOST."""
+def counted_us(times: tuple[Time, Time], cuda_graphs: bool) -> tuple[float, float]:
+    """What each of the two takes on the host that a speed-up is of."""
     sdpa, other = times
-    return min(1.0, FASTER_HOST, key=lambda host: sdpa.us(cuda_graphs, host) / other.us(cuda_graphs, host))
+    on_hosts = ((sdpa.us(cuda_graphs, host), other.us(cuda_graphs, host)) for host in (1.0, FASTER_HOST))
+    return min(on_hosts, key=lambda us: us[0] / us[1])
 
 
 def crossing_of(curve: Curve, wanted: float) -> int | None:

@@ -240,9 +240,14 @@ def _qk_norm_rope_attention(
     return _attend(q, k, v, scale, is_causal, format, provider, tokens_first, **prologues)
 
 
-def _fake(q: torch.Tensor, *_: Any, tokens_first: bool | None = None, **__: Any) -> torch.Tensor | None:
-    return None if tokens_first is None else _empty(q, tokens_first)
+def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tensor:
+    return _empty(q, tokens_first)
+
+
+def _fake_into(*_: Any, **__: Any) -> None:
+    """Nothing is returned."""
 
 
 for _name in SCHEMAS:
-    torch.library.register_fake(f"sagecompile::{_name}", _fake, lib=library)
+    _made = _fake_into if _name == "attention_into" else _fake
+    torch.library.register_fake(f"sagecompile::{_name}", _made, lib=library)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_char_p, c_int, c_int64, c_uint32, c_void_p
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,14 +103,12 @@ class Plan:
         sizes, strides = (c_int64 * out.dim())(*out.shape), (c_int64 * out.dim())(*out.stride())
         self._plan = library.sagecompile_plan(sizes, strides, out.dim(), tiles_bytes, flags_bytes)
         for launch in launches:
-            begins, size = [], 0
-            for parameter in launch.parameters:
-                begins.append(size)
-                size += -(-len(parameter) // 8) * 8
+            padded = [parameter.ljust(-(-len(parameter) // 8) * 8, b"\0") for parameter in launch.parameters]
+            *begins, size = accumulate(map(len, padded), initial=0)
             to = [(begins[at] + byte, TENSORS.index(tensor)) for (at, byte), tensor in launch.addresses.items()]
             library.sagecompile_add(
                 self._plan, launch.function, launch.blocks, launch.threads, launch.shared_bytes, launch.overlap,
-                b"".join(parameter.ljust(-(-len(parameter) // 8) * 8, b"\0") for parameter in launch.parameters), size,
+                b"".join(padded), size,
                 (c_uint32 * len(begins))(*begins), len(begins), (c_uint32 * (2 * len(to)))(*sum(to, ())), len(to),
             )  # fmt: skip
 
@@ -123,7 +122,8 @@ class Plan:
 
 def start() -> None:
     """Build while other things are; `library` waits for it."""
-    _building()
+    with _lock:
+        _building()
 
 
 def library() -> Any:

@@ -98,11 +98,9 @@ def recompute_flagged(
             q, k, v, out, flags, *numbers, *q_tables, *q_numbers, *k_tables, *k_numbers, *constants,
             num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
-        return (
-            None
-            if compiled is None
-            else Repeat(compiled[grid], compiled, grid[0], numbers, q_numbers, k_numbers, constants)
-        )
+        if compiled is None:
+            return None
+        return Repeat(compiled[grid], compiled, grid[0], numbers, q_numbers, k_numbers, constants)
 
 
 def _arguments(
