@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from support import compiled
 
-from sagecompile import ops
+from sagecompile import cost, ops
 from sagecompile.cost import Prediction, local, store
 from sagecompile.cost.local import Local
-from sagecompile.cost.profile import Time
+from sagecompile.cost.profile import SHIPPED, Profile, Time
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.errors import OptionError
 from sagecompile.formats import PROVIDERS
@@ -84,6 +84,20 @@ class TestMeasure:
         (launched,) = machine(cuda_graphs=False).recall(SITE).values()
         assert (captured.speedup, launched.speedup) == (3.0, 1.5)
 
+    @pytest.mark.parametrize(
+        ("source", "slow", "speedup"),
+        [(SHIPPED, False, 400 / 240), (SHIPPED, True, 300 / 200), ("my own", True, 400 / 240)],
+        ids=["as shipped", "slower than shipped", "its own"],
+    )
+    def test_launches_are_the_profiles_where_it_knows_them(self, races, monkeypatch, source, slow, speedup):
+        launch_us = {"sdpa": 600.0, "qk_int8_pv_fp16 cpu": 360.0}
+        profile = Profile("some CPU", "2026-11-22", (), launch_us, source=source)
+        monkeypatch.setattr(cost, "profiles", lambda: {"some CPU": profile})
+        measured = machine(cuda_graphs=False, slow_launches=slow)
+        measured.measure(SITE, unpredicted(ACCURATE))
+        (found,) = measured.recall(SITE).values()
+        assert found.speedup == pytest.approx(speedup), "of the slower and of the faster host, the less"
+
     def test_what_is_asked_for_later_joins_it(self, races, monkeypatch):
         machine().measure(SITE, unpredicted(ACCURATE))
         forget(monkeypatch)
@@ -114,7 +128,9 @@ class TestMeasure:
 
     @pytest.mark.parametrize(("sleep_s", "wins"), [(0.0, True), (0.02, False)])
     def test_what_is_timed_is_the_kernel(self, sleep_s, wins):
-        timed = Local({}, SimpleNamespace(attention=lambda *_, **how: time.sleep(sleep_s)), cuda_graphs=False)
+        timed = Local(
+            {"device": "some CPU"}, SimpleNamespace(attention=lambda *_, **how: time.sleep(sleep_s)), cuda_graphs=False
+        )
         (prediction,) = timed.measure(SITE, unpredicted(ACCURATE)).values()
         assert (prediction.speedup > 1) == wins
 

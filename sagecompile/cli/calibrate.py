@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -104,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from sagecompile import cost
-    from sagecompile.cost.profile import Point, to_json
+    from sagecompile.cost.profile import Point, launches_us, to_json
 
     from .bench.session import device_of, machine
 
@@ -133,7 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if not points:
         raise SageCompileError(f"{facts['device']}: no kernel runs here; `sagecompile doctor` says why")
-    text = render(to_json(facts, points, _launches(measured), prologues))
+    launches = launches_us((site.prologues is not None, times) for site, times in measured.items())
+    text = render(to_json(facts, points, launches, prologues))
     if arguments.share:
         print(text, end="")
     try:
@@ -163,6 +163,8 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
     from sagecompile.cost.timer import MOST_WAITED, waited_s
     from sagecompile.kernels import available
 
+    from .bench.session import progress
+
     if again:
         store.forget()
     grid, local = GRIDS[device.partition(":")[0]], measurements(device, cuda_graphs=False)
@@ -171,7 +173,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
     races: list[list[dict[str, Time]]] = [[] for _ in sites]
     begun, waited = time.perf_counter(), waited_s()
     for done, (turn, which) in enumerate(product(range(grid.turns), range(len(sites)))):
-        _progress(f"calibrating {name}", done, steps, from_before)
+        progress(f"calibrating {name}", done, steps, from_before)
         one, runners = sites[which]
         key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
         found = store.recall(key)
@@ -187,7 +189,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
             from_before += 1
         races[which].append({alternative: Time(*us) for alternative, us in found.items()})
     waited = (waited_s() - waited) / (time.perf_counter() - begun)
-    _progress(f"calibrating {name}", steps, steps, from_before)
+    progress(f"calibrating {name}", steps, steps, from_before)
     if device == "cpu" and waited > MOST_WAITED:
         print(f"others were at work on this CPU {waited:.0%} of the time: --again, once they are done", file=sys.stderr)
     return {one: averaged(raced) for (one, _), raced in zip(sites, races, strict=True) if raced}
@@ -214,16 +216,6 @@ def _sites(device: str, grid: Grid) -> list[tuple[AttentionSite, list[Alternativ
         if fusing := [runner for runner in runners if fuses(runner, head_dim)]:
             able |= {plain: runners} | {replace(plain, prologues=(made, made)): fusing for made in PROLOGUES}
     return [(one, runners) for one, runners in able.items() if runners]
-
-
-def _progress(what: str, done: int, steps: int, from_before: int) -> None:
-    """Now and then and at the end, in place on a terminal."""
-    in_place, every = (True, 10) if sys.stderr.isatty() else (False, max(1, steps // 10))
-    if done % every == 0 or done == steps:
-        kept = f" ({from_before} from before)" if from_before else ""
-        text = f"{what}: {done} of {steps} measurements{kept}"
-        end = "" if in_place and done < steps else "\n"
-        print(f"\r{text:78}" if in_place else text, end=end, file=sys.stderr, flush=True)
 
 
 def _prologues(device: torch.device, measured: Mapping[AttentionSite, Mapping[str, Time]]) -> PrologueCosts:
@@ -274,18 +266,6 @@ def _family(site: AttentionSite) -> Family:
     from sagecompile.cost.profile import Family
 
     return Family(site.dtype, site.head_dim, site.is_causal)
-
-
-def _launches(measured: Mapping[AttentionSite, Mapping[str, Time]]) -> dict[str, float]:
-    """Median microseconds of the host by name, which no shape changes; nothing where there are none."""
-    from sagecompile.cost.profile import launched
-
-    found: dict[str, list[float]] = {}
-    for site, times in measured.items():
-        for name, (_, launch) in times.items():
-            if launch > 0:
-                found.setdefault(launched(name, site.prologues is not None), []).append(launch)
-    return {name: statistics.median(us) for name, us in sorted(found.items())}
 
 
 def render(profile: dict[str, Any]) -> str:

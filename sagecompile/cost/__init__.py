@@ -82,6 +82,16 @@ def beyond_a_copy_us(site: AttentionSite, heads: int, device_name: str) -> float
     return profile.prologues.beyond_a_copy(making, heads, site.q_len) if profile and making else 0.0
 
 
+def with_launch_of_profile(time: Time, name: str, fused: bool, device_name: str, slow_launches: bool) -> Time:
+    """With what the device's profile says of that launch, if it does and launches here are as there.
+
+    It says so by the median over many shapes and a minute; one race may be at a moment when the host is slow.
+    """
+    profile = profiles().get(device_name)
+    launch = profile.launch(name, fused) if profile and (profile.is_own or not slow_launches) else 0.0
+    return time._replace(launch=launch) if launch else time
+
+
 def own_profiles() -> Path:
     """Where `sagecompile calibrate` puts what it measured."""
     return store.folder().parent / "profiles"

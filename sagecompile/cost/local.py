@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, store
+from . import Alternative, Prediction, beyond_a_copy_us, store, with_launch_of_profile
 from .profile import Time, averaged, speedup
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
@@ -66,11 +66,15 @@ class Local:
             return {}
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
-            alternative, before = _split(name), Time(*sdpa)
-            if fuses(alternative, site.head_dim):
-                more = beyond_a_copy_us(site, heads, str(self.machine["device"]))
-                before = before._replace(device=before.device + more)
-            faster = speedup((before, Time(*ours)), self.cuda_graphs)
+            alternative, device = _split(name), str(self.machine["device"])
+            fused = bool(site.prologues) and fuses(alternative, site.head_dim)
+            before, after = (
+                with_launch_of_profile(Time(*time), which, fused, device, self.machine.get("slow_launches", False))
+                for which, time in ((SDPA, sdpa), (name, ours))
+            )
+            if fused:
+                before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
+            faster = speedup((before, after), self.cuda_graphs)
             predictions[alternative] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, median
 from typing import Any, NamedTuple
 
 from .prologues import SDPA, Making, PrologueCosts
@@ -158,10 +158,13 @@ class Profile:
 
         def time(name: str, device_us: float) -> Time:
             added = self.prologues.added(counted, name, heads, length) if counted else 0.0
-            plain = self.launch_us.get(name, 0.0)
-            return Time(device_us + added, self.launch_us.get(launched(name, making is not None), plain))
+            return Time(device_us + added, self.launch(name, making is not None))
 
         return time(SDPA, found[0]), time(alternative, found[1])
+
+    def launch(self, name: str, fused: bool) -> float:
+        """Microseconds of the host; 0 where nobody measured."""
+        return self.launch_us.get(launched(name, fused), self.launch_us.get(name, 0.0))
 
     def knows(self, making: Making, alternative: str) -> bool:
         """Whether what these prologues add was measured, in front of SDPA and in the alternative."""
@@ -218,6 +221,19 @@ def _kind(length: float) -> int:
 def launched(name: str, fused: bool) -> str:
     """What a launch is kept under."""
     return f"{name}, fused" if fused else name
+
+
+def launches_us(measured: Iterable[tuple[bool, Mapping[str, Time]]]) -> dict[str, float]:
+    """Median microseconds of the host, as `launched` names them, of races and whether they were fused ones.
+
+    No shape changes what a launch takes, but a host is now twice as fast and now not: a race says little, all do.
+    """
+    found: dict[str, list[float]] = {}
+    for fused, times in measured:
+        for name, (_, launch) in times.items():
+            if launch > 0:
+                found.setdefault(launched(name, fused), []).append(launch)
+    return {name: median(us) for name, us in sorted(found.items())}
 
 
 def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:

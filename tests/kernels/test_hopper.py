@@ -7,7 +7,6 @@ the two together; how far a value that is not finite reaches; the same as with n
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +15,10 @@ from support import FAST, TOLERANCE
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import hopper
-from sagecompile.kernels.hopper import parameters, runtime
+from sagecompile.kernels.hopper import parameters, relaunch, runtime
 from sagecompile.kernels.hopper.cut import cut_rows, even
 from sagecompile.kernels.prologue import Prologue
+from sagecompile.kernels.triton import exact
 
 hopper_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -226,40 +226,6 @@ class TestPrologue:
             fused(q, k, v, [Prologue(1e-6), None], causal=False, format=FAST)
 
 
-@pytest.mark.gpu
-@hopper_gpu
-class TestRepeat:
-    """From the second call on, what is launched is not found out again: for other tensors, where others are exact."""
-
-    @pytest.mark.parametrize("aligned", [True, False])
-    @pytest.mark.parametrize("norm_and_rope", [False, True])
-    @pytest.mark.parametrize("format", TOLERANCE)
-    def test_is_the_same_as_the_first_call(self, format, norm_and_rope, aligned):
-        calls = []
-        for token in (130, 400, 690):
-            q, k, v = inputs(dim=64, dtype=torch.float16)
-            q[1, 2, token] *= 3000
-            k[0, 1, token, 5] = float("inf")
-            turns = [x if aligned else x[..., 1:] for x in tables(1, 700, 64 if aligned else 65, torch.float32)]
-            prologue = Prologue(1e-6, torch.rand(64, device="cuda"), "half", *turns) if norm_and_rope else None
-            calls.append((q, k, v, prologue))
-        hopper._known.clear()
-        repeated = [self.run(*call, format) for call in calls]
-        assert len(hopper._known) == 1
-        for call, out in zip(calls, repeated, strict=True):
-            hopper._known.clear()
-            first = self.run(*call, format)
-            assert torch.equal(out.nan_to_num(7.0), first.nan_to_num(7.0))
-            assert torch.equal(out.isnan(), first.isnan()) and out.isnan().any()
-
-    @staticmethod
-    def run(q, k, v, prologue, format):
-        out = torch.full_like(q, 9.0)
-        how = {"scale": 0.1, "is_causal": True, "format": format}
-        hopper.attention(q, k, v, out, **how, q_prologue=prologue, k_prologue=prologue)
-        return out
-
-
 class TestTensor:
     """What the kernels are told of a tensor."""
 
@@ -345,105 +311,92 @@ class TestPrepare:
 
 
 class TestLaunches:
-    """What is launched, recorded; needs no GPU."""
+    """What is launched, recorded, and what C++ is told of it; needs no GPU."""
 
     @pytest.fixture
     def launched(self, monkeypatch):
-        """Of each kernel, in turn: its blocks and parameters; of the exact one the addresses."""
+        """Of each kernel, in turn: its parameters; of the exact one the addresses."""
         found = []
 
-        def kernel(blocks, parameters, stream, overlap=False):
-            found.append((blocks, bytes(parameters)))
+        class Kernel:
+            function, threads, dynamic_shared_bytes = 5, 384, 1000
+
+            def __call__(self, blocks, parameters, stream, overlap=False):
+                found.append(parameters)
 
         def recompute(*tensors, q_prologue, k_prologue, **how):
             tables = map(parameters.addresses_of, (q_prologue, k_prologue))
             found.append((tuple(x.data_ptr() for x in tensors), *tables))
-            return lambda *addresses: found.append(addresses[:-1])
+            return exact.Repeated("Triton's", 7, lambda *values: values)
 
         monkeypatch.setattr(hopper, "_check_limits", lambda q, k: None)
         monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
-        monkeypatch.setattr(hopper, "_quantize_kernel", lambda *_: kernel)
-        monkeypatch.setattr(hopper, "_attend_kernel", lambda *_: kernel)
-        monkeypatch.setattr("sagecompile.kernels.triton.exact.recompute_flagged", recompute)
+        monkeypatch.setattr(hopper, "_quantize_kernel", lambda *_: Kernel())
+        monkeypatch.setattr(hopper, "_attend_kernel", lambda *_: Kernel())
+        monkeypatch.setattr(exact, "recompute_flagged", recompute)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-        monkeypatch.setattr(hopper, "_known", {})
         return found
 
-    def tensors(self, batch=2, length=90, skipped=0):
-        """q, k, v, out (B, H, N, 64), and cos, sin; each begins `skipped` elements late."""
-        sizes = [(batch, heads, length, 64) for heads in (4, 2, 2, 4)] + [(1, length, 64)] * 2
-        dtypes = [torch.bfloat16] * 4 + [torch.float32] * 2
-        whole = [torch.empty(math.prod(size) + skipped, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
-        return [x[skipped:].view(size) for x, size in zip(whole, sizes, strict=True)]
+    @pytest.fixture
+    def plans(self, monkeypatch):
+        """That were left for C++: the arguments of each."""
+        found = []
+        monkeypatch.setattr(relaunch, "library", lambda: "C++")
+        monkeypatch.setattr(relaunch, "of_triton", lambda *given, overlap: given)
+        plan = lambda *given: SimpleNamespace(leave=lambda: found.append(given))  # noqa: E731
+        monkeypatch.setattr(relaunch, "Plan", plan)
+        return found
 
-    def attention(self, q, k, v, out, cos, sin, *, fused=True, **how):
+    def tensors(self, batch=2, length=90):
+        """q, k, v, out (B, H, N, 64), and cos, sin."""
+        attended = [torch.empty(batch, heads, length, 64, dtype=torch.bfloat16) for heads in (4, 2, 2, 4)]
+        return [*attended, *(torch.empty(1, length, 64) for _ in range(2))]
+
+    def attention(self, q, k, v, out, cos, sin, *, fused=True):
         prologue = Prologue(1e-6, None, "half", cos, sin) if fused else None
-        how = {"scale": 0.1, "is_causal": False, "format": FAST, "q_prologue": prologue, "k_prologue": prologue} | how
-        hopper.attention(q, k, v, out, **how)
+        how = {"scale": 0.1, "is_causal": False, "format": FAST}
+        hopper.attention(q, k, v, out, **how, q_prologue=prologue, k_prologue=prologue)
 
     @pytest.mark.parametrize("fused", [False, True])
-    def test_of_other_tensors_alike_are_repeated_with_their_addresses(self, launched, monkeypatch, fused):
-        """The memory of tiles and flags is always the same here, so that all bytes can be compared."""
-        others, made = [self.tensors() for _ in range(2)], torch.empty(2, 9)
-        monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: made[int(dtype == torch.int32)])
-        for tensors in others:
-            self.attention(*tensors, fused=fused)
-        assert len(hopper._known) == 1
-        repeated = launched[3:]
-        hopper._known.clear()
-        launched.clear()
-        self.attention(*others[1], fused=fused)
-        assert repeated == launched and launched[2][0][:4] == tuple(x.data_ptr() for x in others[1][:4])
+    def test_each_reads_what_the_one_before_wrote(self, launched, plans, fused):
+        q, k, v, out, *turns = self.tensors()
+        self.attention(q, k, v, out, *turns, fused=fused)
+        quantize, attend, (tensors, *tables) = launched
+        assert (quantize.k.data, quantize.v.data) == (k.data_ptr(), v.data_ptr())
+        assert (attend.q.data, attend.out.data, attend.tiles) == (q.data_ptr(), out.data_ptr(), quantize.tiles)
+        assert tensors == (*(x.data_ptr() for x in (q, k, v, out)), attend.flags)
+        expected = (0, *(x.data_ptr() for x in turns)) if fused else (0, 0, 0)
+        assert tables == [expected] * 2
+        for prologue in (quantize.prologue, attend.prologue):
+            assert tuple(getattr(prologue, name) or 0 for name in ("weight", "cos", "sin")) == expected
 
-    @pytest.mark.parametrize(
-        "change",
-        [{"batch": 3}, {"length": 91}, {"skipped": 1}, {"scale": 0.2}, {"is_causal": True}, {"causal_offset": 3},
-         {"format": "qk_int8_pv_fp16"}, {"fused": False}],
-        ids=str,
-    )  # fmt: skip
-    def test_of_others_are_not(self, launched, change):
-        sizes = {name: value for name, value in change.items() if name in ("batch", "length", "skipped")}
-        self.attention(*self.tensors())
-        self.attention(*self.tensors(**sizes), **{name: change[name] for name in change.keys() - sizes.keys()})
-        assert len(hopper._known) == 2
-
-    @pytest.mark.parametrize("which", range(6), ids=["q", "k", "v", "out", "cos", "sin"])
-    @pytest.mark.parametrize(
-        "changed",
-        [
-            lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
-            lambda x: x.mT.contiguous().mT,
-        ],
-        ids=["alignment", "strides"],
-    )
-    def test_are_not_repeated_where_one_tensor_is_unlike(self, launched, which, changed):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_plan_names_every_address(self, launched, plans, fused):
         tensors = self.tensors()
-        self.attention(*tensors)
-        tensors[which] = changed(tensors[which])
-        self.attention(*tensors)
-        assert len(hopper._known) == 2
+        self.attention(*tensors, fused=fused)
+        ((library, out, tiles_bytes, flags_bytes, (quantize, attend, repeated)),) = plans
+        turns = {"cos", "sin"} if fused else set()
+        tables = (None, "cos", "sin") if fused else (None, None, None)
+        assert library == "C++" and out is tensors[3]
+        assert tiles_bytes == 4 * parameters.tiles_shape(tensors[1], parameters.variant_of(64, out.dtype, FAST))[2]
+        assert flags_bytes == 4 * 8 * 6  # int32, of 8 heads, of each 16 of 90 rows
+        assert set(quantize.addresses.values()) == {"k", "v", "tiles"} | turns and not quantize.overlap
+        assert set(attend.addresses.values()) == {"q", "out", "tiles", "flags"} | turns and attend.overlap
+        assert repeated == ("Triton's", 7, (("q", "k", "v", "out", "flags"), tables, tables))
 
-    def test_are_not_repeated_for_tables_of_another_dtype(self, launched):
-        tensors = self.tensors()
-        self.attention(*tensors)
-        self.attention(*tensors[:4], *(x.to(torch.bfloat16) for x in tensors[4:]))
-        assert len(hopper._known) == 2
-
-    def test_tables_that_must_be_copied_are_copied_each_time(self, launched):
+    def test_tables_that_must_be_copied_are_pythons_each_time(self, launched, plans):
         for _ in range(3):
-            tensors = self.tensors()
             cos, sin = (torch.empty(1, 90, 65)[..., 1:] for _ in range(2))
-            self.attention(*tensors[:4], cos, sin)
+            self.attention(*self.tensors()[:4], cos, sin)
             _, q_tables, k_tables = launched[-1]
             assert not {cos.data_ptr(), sin.data_ptr()} & {*q_tables, *k_tables}
             assert all(address % 16 == 0 for address in (*q_tables, *k_tables))
-        assert len(hopper._known) == 1
+        assert not plans
 
-    def test_are_forgotten_when_they_are_too_many(self, launched, monkeypatch):
-        monkeypatch.setattr(hopper, "_MOST_KNOWN", 3)
-        for length in range(60, 70):
-            self.attention(*self.tensors(length=length))
-        assert len(hopper._known) <= 3
+    def test_without_a_library_there_is_no_plan(self, launched, plans, monkeypatch):
+        monkeypatch.setattr(relaunch, "library", lambda: None)
+        self.attention(*self.tensors())
+        assert len(launched) == 3 and not plans
 
 
 class TestCut:

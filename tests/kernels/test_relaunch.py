@@ -366,6 +366,26 @@ class TestOnGpu:
         assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
 
+    @pytest.mark.parametrize("aligned", [True, False])
+    def test_rows_that_need_exact_ones_behind_norm_and_rope(self, aligned):
+        """Tables that are not aligned must be copied, which is Python's."""
+        op, how = torch.ops.sagecompile.qk_norm_rope_attention, {"q_eps": 1e-6, "k_eps": 1e-6}
+        how |= HOW | {"q_rope": "half", "k_rope": "half", "is_causal": True}
+        for seed in (1, 2, 3):
+            q, k, v = self.inputs(seed, 444)
+            q[1, 2, 100 * seed] *= 3000
+            k[0, 1, 130 * seed, 5] = float("inf")
+            turns = [torch.rand(1, 444, 129, device="cuda")[..., :128] if not aligned else x for x in self.turns(seed)]
+            by_python, found = self.called(op, q, k, v, None, None, *turns, **how)
+            assert by_python == (seed == 1 or not aligned)
+            expected = torch.ops.sagecompile.qk_norm_rope_attention_in_python(q, k, v, None, None, *turns, **how)
+            assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
+            torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+
+    @staticmethod
+    def turns(seed: int) -> torch.Tensor:
+        return torch.rand(2, 1, 444, 128, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
     def test_another_stream_and_thread_and_a_graph(self):
         ours = torch.ops.sagecompile
         ours.attention(*self.inputs(1, 555), **HOW)

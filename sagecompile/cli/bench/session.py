@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -72,3 +73,13 @@ def require(module: str, wanted_by: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise SageCompileError(f"{wanted_by} needs {package}: pip install {package} ({error})") from error
+
+
+def progress(what: str, done: int, steps: int, from_before: int = 0) -> None:
+    """On stderr, now and then and at the end, in place on a terminal."""
+    in_place, every = (True, 10) if sys.stderr.isatty() else (False, max(1, steps // 10))
+    if done % every == 0 or done == steps:
+        kept = f" ({from_before} from before)" if from_before else ""
+        text = f"{what}: {done} of {steps} measurements{kept}"
+        end = "" if in_place and done < steps else "\n"
+        print(f"\r{text:78}" if in_place else text, end=end, file=sys.stderr, flush=True)

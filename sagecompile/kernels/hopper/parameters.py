@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -120,6 +119,10 @@ class Variant(NamedTuple):
         return (("HEAD_DIM", self.head_dim), ("DTYPE", _DTYPES[self.dtype]), ("FP8", self.fp8))
 
 
+Tables = tuple[str | None, str | None, str | None]
+"""Weight, cos and sin of a prologue by the ops' names of these tensors."""
+
+
 class Prepared(NamedTuple):
     """A prologue as the kernels take it."""
 
@@ -141,14 +144,14 @@ def addresses_of(prologue: Prologue | None) -> tuple[int, int, int]:
     )
 
 
-def tables_of(name: str, prologue: Prologue | None) -> tuple[str | None, str | None, str | None]:
-    """As `addresses_of`, by the ops' names of these tensors; name: q or k."""
+def tables_of(name: str, prologue: Prologue | None) -> Tables:
+    """Of what `addresses_of` has an address; name: q or k."""
     weight, cos, sin = addresses_of(prologue)
     return f"{name}_weight" if weight else None, "cos" if cos else None, "sin" if sin else None
 
 
-def places(parameters: ctypes.Structure, tables: Sequence[str | None]) -> dict[int, str]:
-    """Where the addresses of tensors are, by the byte; `tables`: of the prologue, as `tables_of` names them."""
+def places(parameters: ctypes.Structure, tables: Tables) -> dict[int, str]:
+    """Where the addresses of tensors are, by the byte."""
     kind, found = type(parameters), {}
     for name, type_, *_ in kind._fields_:
         byte = getattr(kind, name).offset

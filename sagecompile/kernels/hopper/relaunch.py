@@ -26,7 +26,7 @@ import torch
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import compiler
 
-from .parameters import places
+from .parameters import Tables, places
 from .runtime import DRIVER, Kernel, parameter_sizes
 
 logger = logging.getLogger("sagecompile")
@@ -55,9 +55,7 @@ class Launch(NamedTuple):
     """By parameter and byte in it, which of TENSORS."""
 
 
-def of_ours(
-    kernel: Kernel, blocks: int, parameters: ctypes.Structure, tables: Sequence[str | None], *, overlap: bool
-) -> Launch:
+def of_ours(kernel: Kernel, blocks: int, parameters: ctypes.Structure, tables: Tables, *, overlap: bool) -> Launch:
     """Of a .cu file's kernel; `tables`: of its prologue."""
     addresses = {(0, byte): tensor for byte, tensor in places(parameters, tables).items()}
     shared_bytes = kernel.dynamic_shared_bytes

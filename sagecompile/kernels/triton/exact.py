@@ -19,36 +19,15 @@ LOG2E = 1.4426950408889634
 PROGRAMS = 512
 """At most: enough to fill a GPU where everything is flagged."""
 
-Addresses = tuple[int, ...]
 
+class Repeated(NamedTuple):
+    """The launch, so that others can repeat it."""
 
-class Repeat(NamedTuple):
-    """The same launch for other tensors, alike in shape, strides, dtype, device and alignment to 16 bytes.
-
-    Without Triton's look at each argument, which takes the host longer than the launch.
-    """
-
-    run: Callable[..., None]
     compiled: Any
     """By Triton."""
     blocks: int
-    numbers: tuple[float, ...]
-    q_numbers: tuple[float, ...]
-    k_numbers: tuple[float, ...]
-    constants: tuple[int, ...]
-
-    def __call__(self, tensors: Addresses, q_tables: Addresses, k_tables: Addresses, stream: int) -> None:
-        """tensors: q, k, v, out and flags; tables: weight, cos and sin of the prologue of each, or zeros."""
-        self.run(*self._arguments(tensors, q_tables, k_tables), stream=stream)
-
-    def named(self, q_tables: Sequence[str | None], k_tables: Sequence[str | None]) -> tuple[float | str | None, ...]:
-        """All arguments, tensors by their names."""
-        return self._arguments(("q", "k", "v", "out", "flags"), q_tables, k_tables)
-
-    def _arguments(self, tensors: Sequence[Any], q_tables: Sequence[Any], k_tables: Sequence[Any]) -> tuple[Any, ...]:
-        return (
-            *tensors, *self.numbers, *q_tables, *self.q_numbers, *k_tables, *self.k_numbers, *self.constants,
-        )  # fmt: skip
+    arguments: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, ...]]
+    """Of q, k, v, out and flags, and of the weight, cos and sin of q and of k: the tensors, or what stands for them."""
 
 
 def recompute_flagged(
@@ -65,7 +44,7 @@ def recompute_flagged(
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
     overlap: bool = False,
-) -> Repeat | None:
+) -> Repeated | None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read,
     its weight, cos and sin with adjacent channels, cos and sin with the same strides.
 
@@ -73,7 +52,7 @@ def recompute_flagged(
     A flag makes its whole tile exact: 64 rows, or 32 in float32. Causal rows see the keys j <= i + causal_offset.
     overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
-    Returns how to do it again, on a GPU.
+    Returns what was launched, on a GPU.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
@@ -92,15 +71,17 @@ def recompute_flagged(
     constants = (
         q_norm, q_rope, k_norm, k_rope, flag_rows, is_causal, columns, rows, keys, at_once, overlap,
     )  # fmt: skip
-    grid = (min(tiles, PROGRAMS), 1, 1)
+
+    def arguments(tensors: Sequence[Any], q_tables: Sequence[Any], k_tables: Sequence[Any]) -> tuple[Any, ...]:
+        return *tensors, *numbers, *q_tables, *q_numbers, *k_tables, *k_numbers, *constants
+
+    blocks = min(tiles, PROGRAMS)
     with torch.cuda.device_of(q):
-        compiled = _attend_flagged[grid](
-            q, k, v, out, flags, *numbers, *q_tables, *q_numbers, *k_tables, *k_numbers, *constants,
+        compiled = _attend_flagged[(blocks,)](
+            *arguments((q, k, v, out, flags), q_tables, k_tables),
             num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
-        if compiled is None:
-            return None
-        return Repeat(compiled[grid], compiled, grid[0], numbers, q_numbers, k_numbers, constants)
+    return None if compiled is None else Repeated(compiled, blocks, arguments)
 
 
 def _arguments(
