@@ -16,7 +16,18 @@ import torch
 
 from sagecompile import cost
 from sagecompile.cost import timer
-from sagecompile.cost.profile import SCHEMA, Family, Point, Profile, Time, averaged, crossing_of, speedup, to_json
+from sagecompile.cost.profile import (
+    SCHEMA,
+    Family,
+    Point,
+    Profile,
+    Time,
+    averaged,
+    crossing_of,
+    launches_us,
+    speedup,
+    to_json,
+)
 from sagecompile.cost.prologues import SDPA, Making, PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
@@ -147,6 +158,22 @@ class TestPredict:
             for cuda_graphs in (False, True):
                 found = cost.predict(SITE, "qk_int8_pv_fp8", "triton", slow, 1.05, cuda_graphs)
                 assert (found is not None) == (knows or cuda_graphs)
+
+    @pytest.mark.parametrize(
+        ("source", "wanted", "speedup", "sure"),
+        [
+            ("mine.json", 2.0, 3.0, True),
+            ("shipped", 1.05, 2.0, True),
+            ("shipped", 2.0, 2.0, False),
+            ("shipped", 4.0, 2.0, True),
+        ],
+    )
+    def test_on_another_host_launches_may_be_faster(self, monkeypatch, source, wanted, speedup, sure):
+        """The device takes 400 us and 200, the measured host 600 and 200, a faster one 400 and 133."""
+        measured = replace(RISING, launch_us={SDPA: 600.0, FAST: 200.0}, source=source)
+        monkeypatch.setattr(cost, "profiles", lambda: {"GPU": measured})
+        found = cost.predict(SITE, "qk_int8_pv_fp8", "triton", GPU, wanted)
+        assert (found.speedup, found.sure) == (pytest.approx(speedup), sure)
 
     def test_launches_count_outside_of_cuda_graphs(self, monkeypatch):
         launched = replace(RISING, launch_us={SDPA: 20.0, FAST: 250.0})
@@ -307,8 +334,16 @@ def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
     ],
 )
 def test_a_slower_device_is_not_chosen_for_the_launches_of_a_slow_host(sdpa, ours, captured, launched):
-    assert speedup((sdpa, ours), cuda_graphs=True) == pytest.approx(captured)
-    assert speedup((sdpa, ours), cuda_graphs=False) == pytest.approx(launched)
+    assert speedup((sdpa, ours), cuda_graphs=True, any_host=True) == pytest.approx(captured)
+    assert speedup((sdpa, ours), cuda_graphs=False, any_host=True) == pytest.approx(launched)
+    assert speedup((sdpa, ours), cuda_graphs=False) >= launched
+
+
+def test_launches_are_those_of_a_quiet_host():
+    races = [
+        (fused, {SDPA: Time(1.0, us + 100 * fused), FAST: Time(1.0)}) for us in range(20, 0, -1) for fused in (0, 1)
+    ]
+    assert launches_us(races) == {SDPA: 3, f"{SDPA}, fused": 103}
 
 
 def test_what_slows_all_for_a_while_keeps_the_ratio():

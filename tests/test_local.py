@@ -29,6 +29,7 @@ from sagecompile.site import AttentionSite, Device, Prologue
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 4, 2, 90, 90, 72, 72, "float32", "cpu")
 """No profile covers a head_dim of 72."""
 ACCURATE, FAST = ("qk_int8_pv_fp16", "cpu"), ("qk_int8_pv_fp8", "reference")
+QUIET = Profile("some CPU", "2026-11-22", (), {"sdpa": 600.0})
 TIMES = {"sdpa": Time(300.0, 20.0), ACCURATE: Time(100.0, 200.0), FAST: Time(600.0)}
 
 
@@ -86,17 +87,25 @@ class TestMeasure:
 
     @pytest.mark.parametrize(
         ("source", "slow", "speedup"),
-        [(SHIPPED, False, 400 / 240), (SHIPPED, True, 300 / 200), ("my own", True, 400 / 240)],
+        [(SHIPPED, False, 300 / 120), (SHIPPED, True, 300 / 200), ("my own", True, 300 / 120)],
         ids=["as shipped", "slower than shipped", "its own"],
     )
-    def test_launches_are_the_profiles_where_it_knows_them(self, races, monkeypatch, source, slow, speedup):
-        launch_us = {"sdpa": 600.0, "qk_int8_pv_fp16 cpu": 360.0}
+    def test_launches_are_the_profiles_where_the_host_was_slow(self, races, monkeypatch, source, slow, speedup):
+        launch_us = {"sdpa": 600.0, "qk_int8_pv_fp16 cpu": 120.0}
         profile = Profile("some CPU", "2026-11-22", (), launch_us, source=source)
         monkeypatch.setattr(cost, "profiles", lambda: {"some CPU": profile})
         measured = machine(cuda_graphs=False, slow_launches=slow)
         measured.measure(SITE, unpredicted(ACCURATE))
         (found,) = measured.recall(SITE).values()
-        assert found.speedup == pytest.approx(speedup), "of the slower and of the faster host, the less"
+        assert found.speedup == pytest.approx(speedup)
+
+    @pytest.mark.parametrize(("profiles", "speedup"), [({}, 400 / 500), ({"some CPU": QUIET}, 600 / 500)])
+    def test_without_a_profile_the_host_may_be_faster(self, races, monkeypatch, profiles, speedup):
+        monkeypatch.setitem(TIMES, "sdpa", Time(300.0, 600.0))
+        monkeypatch.setitem(TIMES, ACCURATE, Time(500.0, 200.0))
+        monkeypatch.setattr(cost, "profiles", lambda: profiles)
+        (found,) = machine(cuda_graphs=False).measure(SITE, unpredicted(ACCURATE)).values()
+        assert found.speedup == pytest.approx(speedup)
 
     def test_what_is_asked_for_later_joins_it(self, races, monkeypatch):
         machine().measure(SITE, unpredicted(ACCURATE))

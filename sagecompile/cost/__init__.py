@@ -82,14 +82,10 @@ def beyond_a_copy_us(site: AttentionSite, heads: int, device_name: str) -> float
     return profile.prologues.beyond_a_copy(making, heads, site.q_len) if profile and making else 0.0
 
 
-def with_launch_of_profile(time: Time, name: str, fused: bool, device_name: str, slow_launches: bool) -> Time:
-    """With what the device's profile says of that launch, if it does and launches here are as there.
-
-    It says so by the median over many shapes and a minute; one race may be at a moment when the host is slow.
-    """
+def launches(device_name: str, slow_launches: bool) -> Profile | None:
+    """The profile that knows what launches take here; one that was made on another machine may not."""
     profile = profiles().get(device_name)
-    launch = profile.launch(name, fused) if profile and (profile.is_own or not slow_launches) else 0.0
-    return time._replace(launch=launch) if launch else time
+    return profile if profile and profile.launch_us and (profile.is_own or not slow_launches) else None
 
 
 def own_profiles() -> Path:
@@ -106,12 +102,13 @@ def predict(
 ) -> Prediction | None:
     """The speed-up that the device's profile says, or None where it says nothing; `wanted`: what it takes to be used.
 
-    Of a machine whose launches are slower than those of others of its kind only its own profile knows, outside of CUDA
-    graphs. A CPU's profile holds for as many threads alone: with others it is not sure, and no crossing is known.
-    Neither is it sure of prologues that were not measured, of which only the launches count. Sizes that are numbers get
-    the times at them. Lengths that are symbols get the speed-up at the most tokens, and the crossing, the shortest from
-    which on the kernel wins by `wanted`: no length is compared here. Symbolic numbers of heads are compared once, with
-    the fewest measured.
+    Outside of CUDA graphs a shipped profile says what wins on its host and on a faster one, and is not sure where these
+    differ; of a machine whose launches are slower than those of others of its kind it says nothing. A CPU's profile
+    holds for as many threads alone: with others it is not sure, and no crossing is known. Neither is it sure of
+    prologues that were not measured, of which only the launches count. Sizes that are numbers get the times at them.
+    Lengths that are symbols get the speed-up at the most tokens, and the crossing, the shortest from which on the
+    kernel wins by `wanted`: no length is compared here. Symbolic numbers of heads are compared once, with the fewest
+    measured.
     """
     profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
@@ -135,10 +132,10 @@ def predict(
         times = profile.times(family, alternative, heads, site.q_len, making) if site.q_len == site.kv_len else None
         if times is None:
             return None
-        found = speedup(times, cuda_graphs)
-        sdpa, ours = map(_shown, counted_us(times, cuda_graphs))
+        here, found = speedup(times, cuda_graphs), speedup(times, cuda_graphs, any_host=not profile.is_own)
+        sdpa, ours = map(_shown, counted_us(times, cuda_graphs, any_host=not profile.is_own))
         basis = f"{ours} against {sdpa}{' with what makes q and k' if making and known else ''}, {when}"
-        sure = alike and known and not wanted / NEAR < found < wanted * NEAR
+        sure = alike and known and (found >= wanted * NEAR or here <= wanted / NEAR)
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
     curves = profile.speedups(family, alternative, heads, cuda_graphs, making) if alike else []
     if not curves:

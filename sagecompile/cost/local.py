@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, store, with_launch_of_profile
+from . import Alternative, Prediction, beyond_a_copy_us, launches, store
 from .profile import Time, averaged, speedup
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
@@ -60,21 +60,29 @@ class Local:
     """Of this process: what could not be measured is not tried again."""
 
     def recall(self, site: AttentionSite) -> dict[Alternative, Prediction]:
-        """What was measured of such a site before, here or in another process."""
+        """What was measured of such a site before, here or in another process.
+
+        Of launches the lower of what was measured then, perhaps at a moment when the host was slow, and of what the
+        device's profile says; where there is none, what wins must win on a faster host, too.
+        """
         found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
+        device = str(self.machine["device"])
+        profile = launches(device, self.machine.get("slow_launches", False))
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
-            alternative, device = _split(name), str(self.machine["device"])
+            alternative = _split(name)
             fused = bool(site.prologues) and fuses(alternative, site.head_dim)
-            before, after = (
-                with_launch_of_profile(Time(*time), which, fused, device, self.machine.get("slow_launches", False))
-                for which, time in ((SDPA, sdpa), (name, ours))
-            )
+            before, after = Time(*sdpa), Time(*ours)
+            if profile:
+                before, after = (
+                    time._replace(launch=min(time.launch, profile.launch(which, fused) or time.launch))
+                    for which, time in ((SDPA, before), (name, after))
+                )
             if fused:
                 before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
-            faster = speedup((before, after), self.cuda_graphs)
+            faster = speedup((before, after), self.cuda_graphs, any_host=profile is None)
             predictions[alternative] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
 

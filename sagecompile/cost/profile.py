@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from statistics import fmean, geometric_mean, median
+from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
 from .prologues import SDPA, Making, PrologueCosts
 
-SCHEMA = 7
+SCHEMA = 8
 SHIPPED = "shipped"
 ROUND, LITTLE, MUCH = 16, 2, 13
 """Tokens; and beyond a multiple of them how many are measured for little and for much."""
@@ -93,7 +93,7 @@ class Profile:
     date: str
     points: tuple[Point, ...]
     launch_us: Mapping[str, float] = field(default_factory=dict)
-    """Of the host at any shape, by the same names, `launched` where prologues are fused; none on a CPU."""
+    """Of a quiet host at any shape, by the same names, `launched` where prologues are fused; none on a CPU."""
     prologues: PrologueCosts = field(default_factory=PrologueCosts)
     threads: int | None = None
     """Of a CPU."""
@@ -163,7 +163,7 @@ class Profile:
         return time(SDPA, found[0]), time(alternative, found[1])
 
     def launch(self, name: str, fused: bool) -> float:
-        """Microseconds of the host; 0 where nobody measured."""
+        """Microseconds of a quiet host; 0 where nobody measured."""
         return self.launch_us.get(launched(name, fused), self.launch_us.get(name, 0.0))
 
     def knows(self, making: Making, alternative: str) -> bool:
@@ -195,7 +195,10 @@ class Profile:
             lines = self._lines.get((family, alternative, kind), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
             found = [(length, self.times(family, alternative, heads, length, making)) for length in lengths]
-            curves.append([(length, speedup(times, cuda_graphs)) for length, times in found if times is not None])
+            any_host = not self.is_own
+            curves.append(
+                [(length, speedup(times, cuda_graphs, any_host)) for length, times in found if times is not None]
+            )
         return [curve for curve in curves if curve]
 
 
@@ -224,16 +227,17 @@ def launched(name: str, fused: bool) -> str:
 
 
 def launches_us(measured: Iterable[tuple[bool, Mapping[str, Time]]]) -> dict[str, float]:
-    """Median microseconds of the host, as `launched` names them, of races and whether they were fused ones.
+    """Microseconds of a quiet host, as `launched` names them, of races and whether they were fused ones.
 
-    No shape changes what a launch takes, but a host is now twice as fast and now not: a race says little, all do.
+    No shape changes what a launch takes, but a host is at times half as fast as at others: the tenth part of the
+    races that had the fastest one tell what it can do, and are as fast a minute later.
     """
     found: dict[str, list[float]] = {}
     for fused, times in measured:
         for name, (_, launch) in times.items():
             if launch > 0:
                 found.setdefault(launched(name, fused), []).append(launch)
-    return {name: median(us) for name, us in sorted(found.items())}
+    return {name: sorted(us)[len(us) // 10] for name, us in sorted(found.items())}
 
 
 def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:
@@ -243,22 +247,23 @@ def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:
 
 
 FASTER_HOST = 2 / 3
-"""Times what a launch took, at a quieter moment: on one H200's host SDPA's took 31 us and, minutes later, 20."""
+"""Times what a launch took: on another host, or at a moment when it has less to do."""
 
 
-def speedup(times: tuple[Time, Time], cuda_graphs: bool) -> float:
-    """Of the second over the first, on the host as it was and on a faster one: the lower of the two.
+def speedup(times: tuple[Time, Time], cuda_graphs: bool, any_host: bool = False) -> float:
+    """Of the second over the first; `any_host`: on the host that was measured or on a faster one, whichever is lower.
 
-    So that a device that takes longer is not chosen for its launches alone, which a quieter moment would do as fast.
+    So that a device that takes longer is not chosen for its launches alone, which another host would do as fast.
     """
-    sdpa, other = counted_us(times, cuda_graphs)
+    sdpa, other = counted_us(times, cuda_graphs, any_host)
     return sdpa / other
 
 
-def counted_us(times: tuple[Time, Time], cuda_graphs: bool) -> tuple[float, float]:
+def counted_us(times: tuple[Time, Time], cuda_graphs: bool, any_host: bool = False) -> tuple[float, float]:
     """What each of the two takes on the host that a speed-up is of."""
     sdpa, other = times
-    on_hosts = ((sdpa.us(cuda_graphs, host), other.us(cuda_graphs, host)) for host in (1.0, FASTER_HOST))
+    hosts = (1.0, FASTER_HOST) if any_host else (1.0,)
+    on_hosts = ((sdpa.us(cuda_graphs, host), other.us(cuda_graphs, host)) for host in hosts)
     return min(on_hosts, key=lambda us: us[0] / us[1])
 
 
