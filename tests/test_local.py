@@ -163,13 +163,25 @@ class TestBusyCpu:
         slow = replace(self.QUIET, calibrated=(Time(1.0), Time(1.0)))
         assert machine().measure(SITE, {ACCURATE: slow})[ACCURATE].speedup == 3.0
 
-    def test_is_tried_again_and_nothing_kept(self, races):
+    @pytest.fixture
+    def restless(self, races, monkeypatch):
+        """Each try takes SDPA longer."""
+        race = local.race
+        monkeypatch.setattr(local, "race", lambda *args: race(*args) | {"sdpa": Time(250.0 + 50 * len(races))})
+
+    def test_is_tried_again_and_nothing_kept(self, races, restless):
         busy = {ACCURATE: replace(self.QUIET, calibrated=(Time(200.0), Time(90.0)))}
         assert (
             machine().measure(self.SITE, busy)
-            == "the CPU is busy: it takes 1.5 times what it did when it was calibrated"
+            == "the CPU is busy: it takes 2.0 times what it did when it was calibrated"
         )
         assert len(races) == local.TRIES and machine().recall(self.SITE) == {}
+
+    def test_that_takes_as_long_each_time_is_believed(self, races):
+        """As much as what it was said to take, each."""
+        wrong = {ACCURATE: replace(self.QUIET, calibrated=(Time(100.0), Time(100.0)))}
+        assert machine().measure(self.SITE, wrong)[ACCURATE].speedup == pytest.approx(3.0**0.75)
+        assert len(races) == local.TRIES
 
     def test_that_comes_to_rest_is_measured(self, races, monkeypatch):
         race, slowed = local.race, [{"sdpa": Time(500.0)}, {}]
@@ -202,7 +214,7 @@ class TestBusyCpu:
     def test_without_a_profile_of_its_own_is_believed(self, races):
         assert machine().measure(self.SITE, {ACCURATE: Prediction(9.0, "shipped")})[ACCURATE].speedup == 3.0
 
-    def test_leaves_the_decision_to_the_profile(self, races, monkeypatch):
+    def test_leaves_the_decision_to_the_profile(self, races, restless, monkeypatch):
         profiled = Prediction(1.2, "calibrated", sure=False, calibrated=(Time(120.0), Time(100.0)))
         monkeypatch.setattr("sagecompile.decide.predict", lambda *_: profiled)
         found = decide(self.SITE, Device("cpu", "some CPU"), Settings(formats=ACCURATE[:1]), lambda *_: None, machine())
