@@ -363,6 +363,7 @@ class TestReasons:
         (SITE, (2, 4, 2)),
         (replace(SITE, batch=64, heads=32, kv_heads=32, q_len=512, kv_len=512), (1, 26, 26)),
         (replace(SITE, batch=64, heads=32, kv_heads=8, q_len=2048, kv_len=2048), (1, 8, 2)),
+        (replace(SITE, batch=64, heads=32, kv_heads=32, q_len=16384, kv_len=16384), (1, 2, 2)),
         (replace(SITE, batch=64, heads=2, kv_heads=2, q_len=512, kv_len=512), (13, 2, 2)),
         (replace(SITE, batch=1, heads=4, kv_heads=1, q_len=4096, kv_len=4096), (1, 4, 1)),
         (replace(SITE, batch=64, heads=32, kv_heads=32, q_len=1, kv_len=65536, head_dim=64), (1, 15, 15)),
@@ -371,12 +372,14 @@ class TestReasons:
         "small",
         "fewer sequences and heads",
         "whole groups",
+        "fewer of long ones",
         "fewer sequences",
         "no fewer than it has",
         "of less memory",
     ],
 )
-def test_a_large_site_is_measured_on_less_of_it(site, expected):
+def test_a_large_site_is_measured_on_less_of_it(site, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     smaller = local._shrink(site, 2)
     assert (smaller.batch, smaller.heads, smaller.kv_heads) == expected
 

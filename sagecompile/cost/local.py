@@ -31,7 +31,9 @@ FLOPS = {"cpu": 2e9, "cuda": 2e12}
 """Of one call, about: milliseconds. A larger site is measured on fewer sequences and heads."""
 LEAST_HEADS = {"cpu": 8, "cuda": 128}
 """That it is never measured on fewer than, where it has as many, so that all processors have work."""
-LONGEST = 8
+ENOUGH_QUERIES = 4096
+"""For each thread of a CPU, in all heads; then fewer of them will do."""
+LONGEST = 16
 """How many times `FLOPS` a call of the least heads may have; beyond it nothing is measured."""
 MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Bytes of q, k, v, the outputs and what prologues make."""
@@ -312,7 +314,10 @@ def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:
     """With as many KV heads and sequences as FLOPS and MEMORY allow, LEAST_HEADS at the least; groups stay whole."""
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
-    least = -(-LEAST_HEADS[site.device_type] // group)
+    least_heads = LEAST_HEADS[site.device_type]
+    if site.device_type == "cpu":
+        least_heads = min(least_heads, -(-ENOUGH_QUERIES * torch.get_num_threads() // site.q_len))
+    least = -(-least_heads // group)
     share = min(FLOPS[site.device_type] / site.flops, MEMORY[site.device_type] / _bytes(site, alternatives))
     groups = min(all_groups, max(least, int(all_groups * share)))
     kv_heads = min(groups, site.kv_heads)

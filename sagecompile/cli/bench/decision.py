@@ -129,8 +129,8 @@ def _with_prologues(
 
 
 def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
-    """Self-attention of random sizes, lengths as likely short as long."""
-    numbers, drawn = random.Random(seed), DRAWN[device.partition(":")[0]]
+    """Self-attention of random sizes, all different, lengths as likely short as long."""
+    numbers, drawn, before = random.Random(seed), DRAWN[device.partition(":")[0]], set[AttentionSite]()
     while count:
         low, high = drawn.lengths
         length = round(low * (high / low) ** numbers.random())
@@ -139,8 +139,10 @@ def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
         dtype, is_causal = numbers.choice(drawn.dtypes), numbers.random() < 0.5
         shape = Shape(dtype, head_dim, is_causal, length, batch, heads)
         made = numbers.choice(drawn.prologues)
-        if shape.flops <= drawn.flops:
-            yield replace(shape.site(torch.device(device)), prologues=made and (made, made))
+        site = replace(shape.site(torch.device(device)), prologues=made and (made, made))
+        if shape.flops <= drawn.flops and site not in before:
+            before.add(site)
+            yield site
             count -= 1
 
 

@@ -604,8 +604,9 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     if (shared && !shared_memory) return false;
     const Packed packed(shape, whole, shared, shared_memory);
     std::atomic<bool> enough = true;
-    // Waking the other threads takes microseconds: no less than this one needs for some hundred thousand products.
-    const bool parallel = double(kv_heads) * group * shape.q_len * shape.kv_len * shape.dim > 2e5;
+    // Waking the other threads takes microseconds: no less than this one needs for some hundred thousand products. A
+    // head takes as long as some ten thousand beside its own.
+    const bool parallel = double(kv_heads) * group * (double(shape.q_len) * shape.kv_len * shape.dim + 4e4) > 2e5;
 #pragma omp parallel num_threads(threads) if (parallel)
     {
 #pragma omp for schedule(dynamic) nowait

@@ -1,8 +1,8 @@
 """Once Python has launched an op for some tensors, C++ does so for all alike: relaunch.cpp, which says what that is.
 
 In: the launches of a call that Python made. Out: a `Plan`, which Python leaves for the op whose call is under way.
-Why: to find out that it may do the same again, and to do it, took the host 110 us in Python where SDPA takes 26 and C++
-27 (a slow H200's host, calls in a row); in a model, whose host has other code to run, it is 2.5 times that (LOG.md).
+Why: to find out what to launch takes the host 350 us in Python, and to launch it again 23 in C++, where SDPA takes 24
+(an H200's host, calls in a row); in a model, whose host has other code to run, Python takes 2.5 times that (LOG.md).
 Where there is no C++ compiler, or the driver is older than CUDA 12.4, Python launches everything; so it does where
 tables of a prologue must be copied.
 """
@@ -158,7 +158,7 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
 
 @cache
 def _say_that_python_launches(why: str) -> None:
-    logger.warning("each attention takes the host four times as long, as Python launches it: %s", why)
+    logger.warning("each attention takes the host ten times as long, as Python launches it: %s", why)
 
 
 @cache
