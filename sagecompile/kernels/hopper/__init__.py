@@ -32,7 +32,6 @@ from .parameters import (
     QuantizeParameters,
     Tables,
     Variant,
-    addresses_of,
     prepare,
     tables_of,
     tensor_of,
@@ -92,11 +91,7 @@ def attention(
         repeated = _exact(
             q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue
         )
-    given, read = (
-        [addresses_of(prologue) for prologue in prologues]
-        for prologues in ((q_prologue, k_prologue), (q_prepared.prologue, k_prepared.prologue))
-    )
-    if repeated is not None and given == read:
+    if repeated is not None and not (q_prepared.copied or k_prepared.copied):
         _leave_plan(out, quantized, attended, repeated, tables_of("q", q_prologue), tables_of("k", k_prologue))
 
 

@@ -130,6 +130,8 @@ class Prepared(NamedTuple):
     defines: Defines
     prologue: Prologue | None
     """The same, of the tensors that `parameters` points to."""
+    copied: bool
+    """Whether one of these is a copy, which every call must make again."""
 
 
 def addresses_of(prologue: Prologue | None) -> tuple[int, int, int]:
@@ -196,7 +198,7 @@ def prepare(prologue: Prologue | None, x: torch.Tensor, variant: Variant) -> Pre
     )
     prepared = replace(prologue, weight=weight, cos=cos, sin=sin)
     parameters = PrologueParameters(*addresses_of(prepared), *strides, prologue.eps or 0.0)
-    return Prepared(parameters, defines, prepared)
+    return Prepared(parameters, defines, prepared, addresses_of(prepared) != addresses_of(prologue))
 
 
 NOTHING = prepare(Prologue(), torch.empty(1, 1, 1, 64), Variant(64, torch.float16, True))._replace(prologue=None)
