@@ -50,7 +50,7 @@ def _examine_device(name: str) -> dict[str, Any]:
     from sagecompile.backend import measurements
     from sagecompile.cost import profiles, store
     from sagecompile.formats import FORMATS, PROVIDERS
-    from sagecompile.kernels import available
+    from sagecompile.kernels import available, compiler
 
     device = available.device(name)
     profile = profiles().get(device.name)
@@ -66,6 +66,7 @@ def _examine_device(name: str) -> dict[str, Any]:
         "compute_capability": device.compute_capability,
         "measured": store.count(measurements(name, cuda_graphs=False).machine),
         "profile": {"date": profile.date, "source": profile.source} if profile else None,
+        "slow_launches": compiler.why_none() if device.slow_launches else None,
         "formats": rows,
     }
 
@@ -103,6 +104,9 @@ def render(found: dict[str, Any]) -> str:
         else:
             lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it;")
             lines.append("  `sagecompile calibrate` measures a grid of them in about two minutes")
+        if device["slow_launches"]:
+            lines.append(f"  {device['slow_launches']}: Python launches each kernel, and only")
+            lines.append("  in CUDA graphs does policy=auto go by a shipped profile")
         lines.append(f"  {device['measured']} measurements that hold for these versions")
         lines += [
             f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"

@@ -82,12 +82,6 @@ def beyond_a_copy_us(site: AttentionSite, heads: int, device_name: str) -> float
     return profile.prologues.beyond_a_copy(making, heads, site.q_len) if profile and making else 0.0
 
 
-def launches(device_name: str, slow_launches: bool) -> Profile | None:
-    """The profile that knows what launches take here; one that was made on another machine may not."""
-    profile = profiles().get(device_name)
-    return profile if profile and profile.launch_us and (profile.is_own or not slow_launches) else None
-
-
 def own_profiles() -> Path:
     """Where `sagecompile calibrate` puts what it measured."""
     return store.folder().parent / "profiles"

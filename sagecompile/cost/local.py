@@ -1,7 +1,7 @@
 """What this very machine says of a shape that no profile covers: measured while compiling, once, and then remembered.
 
 In: a site, and who could run it. Out: a Prediction for each from a race against SDPA on random inputs of the site's
-shape, or the reason why there was none. It takes tenths of a second and a bounded amount of memory.
+shape, or the reason why there was none. It takes tenths of a second, at most a few, and a bounded amount of memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, launches, store
-from .profile import Time, averaged, speedup
+from . import Alternative, Prediction, beyond_a_copy_us, profiles, store
+from .profile import Time, averaged, launched, speedup
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
 
@@ -33,7 +33,7 @@ LEAST_HEADS = {"cpu": 8, "cuda": 128}
 """That it is never measured on fewer than, where it has as many, so that all processors have work."""
 ENOUGH_QUERIES = 4096
 """For each thread of a CPU, in all heads; then fewer of them will do."""
-LONGEST = 16
+LONGEST = {"cpu": 16, "cuda": 8}
 """How many times `FLOPS` a call of the least heads may have; beyond it nothing is measured."""
 MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Bytes of q, k, v, the outputs and what prologues make."""
@@ -41,7 +41,7 @@ BUDGET_S = 0.05
 BUSY, TRIES, PAUSE_S = 1.25, 3, 0.2
 """Beyond this factor a CPU is busy; how often, and after how long, it is tried."""
 ALIKE = 1.1
-"""Tries within this factor of one another are not those of a busy CPU: then what it was said to take is wrong."""
+"""Tries within this factor of one another are not those of a busy CPU; then a profile counts as one try more."""
 
 
 class Ops(Protocol):
@@ -66,28 +66,25 @@ class Local:
     def recall(self, site: AttentionSite) -> dict[Alternative, Prediction]:
         """What was measured of such a site before, here or in another process.
 
-        Of launches the lower of what was measured then, perhaps at a moment when the host was slow, and of what the
-        device's profile says; where there is none, what wins must win on a faster host, too.
+        Where SDPA's launch took longer then than the device's profile says, the host was slow, or is: all launches
+        count as much less. But for a profile of this very machine, what wins must win on a faster host, too.
         """
         found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
-        device = str(self.machine["device"])
-        profile = launches(device, self.machine.get("slow_launches", False))
+        device, alternatives = str(self.machine["device"]), {name: _split(name) for name in found["times"]}
+        fusing = {name for name, which in alternatives.items() if site.prologues and fuses(which, site.head_dim)}
+        profile = profiles().get(device)
+        quiet_us = profile.launch_us.get(launched(SDPA, bool(fusing))) if profile else None
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
-            alternative = _split(name)
-            fused = bool(site.prologues) and fuses(alternative, site.head_dim)
             before, after = Time(*sdpa), Time(*ours)
-            if profile:
-                before, after = (
-                    time._replace(launch=min(time.launch, profile.launch(which, fused) or time.launch))
-                    for which, time in ((SDPA, before), (name, after))
-                )
-            if fused:
+            host = min(1.0, quiet_us / before.launch) if quiet_us and before.launch else 1.0
+            before, after = (time._replace(launch=host * time.launch) for time in (before, after))
+            if name in fusing:
                 before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
-            faster = speedup((before, after), self.cuda_graphs, any_host=profile is None)
-            predictions[alternative] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
+            faster = speedup((before, after), self.cuda_graphs, any_host=profile is None or not profile.is_own)
+            predictions[alternatives[name]] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
@@ -97,7 +94,7 @@ class Local:
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
         smaller = _shrink(site, alternatives)
-        if smaller.flops > LONGEST * FLOPS[site.device_type]:
+        if smaller.flops > LONGEST[site.device_type] * FLOPS[site.device_type]:
             return f"{site.q_len} x {site.kv_len} tokens take too long to measure while compiling"
         if _bytes(smaller, alternatives) > MEMORY[site.device_type]:
             return f"{_bytes(smaller, alternatives) >> 20} MiB are too many to measure while compiling"
@@ -109,8 +106,8 @@ class Local:
         """Race the alternatives against SDPA now, or say why not; `predicted`: what a profile says of each, if it does.
 
         Where others are at work on a CPU, some calls suffer more than others, a hundred times where threads wait for
-        one another. It is tried TRIES times then; what was measured so is not kept, nor is it tried again in this
-        process. What a profile of the same machine says counts as much as the race, which is short.
+        one another. It is tried TRIES times then; unless the tries are alike, what was measured so is not kept, nor is
+        it tried again in this process. What a profile of the same machine says counts as much as a race.
         """
         why_not = self.why_not(site, len(predicted))
         if why_not is not None:

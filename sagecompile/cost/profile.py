@@ -195,10 +195,7 @@ class Profile:
             lines = self._lines.get((family, alternative, kind), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
             found = [(length, self.times(family, alternative, heads, length, making)) for length in lengths]
-            any_host = not self.is_own
-            curves.append(
-                [(length, speedup(times, cuda_graphs, any_host)) for length, times in found if times is not None]
-            )
+            curves.append([(length, speedup(times, cuda_graphs, not self.is_own)) for length, times in found if times])
         return [curve for curve in curves if curve]
 
 

@@ -115,6 +115,13 @@ def test_doctor(capsys):
     assert "reference     works" in text and f"{cpu['measured']} measurements that hold for these versions" in text
 
 
+def test_doctor_says_what_slow_launches_need(capsys, monkeypatch):
+    monkeypatch.setattr(available, "device", lambda name: Device("cpu", "some CPU", slow_launches=True))
+    monkeypatch.setattr("sagecompile.kernels.compiler.why_none", lambda: "no C++ compiler: needs g++")
+    assert main(["doctor"]) == 0
+    assert "no C++ compiler: needs g++: Python launches each kernel" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("capability", "hopper"), [((8, 0), "compute capability 8.0: hopper needs 9.0"), ((9, 0), None)]
 )

@@ -1,8 +1,8 @@
 """How good the decision is: random shapes that no profile holds, decided as `policy=auto` does, then measured.
 
 In: how many shapes, a seed. Out: a row a shape: what was chosen, the times of all, the regret (the chosen time over the
-best, less one), the predicted speed-up against the measured one; and what they come to together. What launches take
-the host is the median over all shapes: none changes it, but the moments of a run do, now and then to twice as much.
+best, less one), the predicted speed-up against the measured one; and what they come to together. Launches count as a
+quiet host does them: no shape changes what they take, but the moments of a run do, at times to twice as much.
 """
 
 from __future__ import annotations
@@ -83,13 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
         found["cuda_graphs"] = graph
         sites = list(draw(str(device), arguments.shapes, arguments.seed))
         decided = {site: decision(site) for site in sites}
-        measured = _measured(sites, device.type, device_name)
-        found["launch_us"] = launches_us((site.prologues is not None, times) for site, times in measured.items())
-        print(HEADER)
-        for site, raced in measured.items():
-            times = {name: _at_any_time(time, name, site, found["launch_us"]) for name, time in raced.items()}
-            found["rows"].append(row := judge(site, decided[site], times, graph))
-            print(_render(row))
+        measured: dict[AttentionSite, dict[str, Time]] = {}
+        try:
+            _measure(sites, device.type, device_name, measured)
+        finally:
+            found["launch_us"] = launches_us((site.prologues is not None, times) for site, times in measured.items())
+            print(HEADER)
+            for site, raced in measured.items():
+                times = {name: _at_any_time(time, name, site, found["launch_us"]) for name, time in raced.items()}
+                found["rows"].append(row := judge(site, decided[site], times, graph))
+                print(_render(row))
         found["summary"] = summary(found["rows"])
         for name, value in found["summary"].items():
             print(f"{name:52} {value}")
@@ -98,10 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(
-    sites: Sequence[AttentionSite], device_type: str, device_name: str
-) -> dict[AttentionSite, dict[str, Time]]:
-    """The mean of so many turns; a site that cannot run is said and left out."""
+def _measure(
+    sites: Sequence[AttentionSite], device_type: str, device_name: str, found: dict[AttentionSite, dict[str, Time]]
+) -> None:
+    """Into `found` the mean of the turns so far; a site that cannot run is said and left out."""
     turns = TURNS[device_type]
     runners = {site: available.runners(site) for site in sites}
     races: dict[AttentionSite, list[dict[str, Time]]] = {}
@@ -110,8 +113,8 @@ def _measured(
         with or_left_out(site.shape):
             raced = race(site, runners[site], ops, BUDGET_S[device_type] / turns)
             races.setdefault(site, []).append(_with_prologues(site, runners[site], raced, device_name))
+            found[site] = averaged(races[site])
     progress(f"measuring on {device_name}", turns * len(sites), turns * len(sites))
-    return {site: averaged(raced) for site, raced in races.items()}
 
 
 def _at_any_time(time: Time, name: str, site: AttentionSite, launches: Mapping[str, float]) -> Time:

@@ -1,7 +1,7 @@
 """What the benchmarks share around the timing: the device, how it is timed, the results and where they go.
 
 In: the arguments. Out: a torch.device that is there; results with the machine's facts, written also if a run is cut
-short; an optional package, or one line that says what to install.
+short; an optional package, or one line that says what to install; progress, for `calibrate` too.
 """
 
 from __future__ import annotations

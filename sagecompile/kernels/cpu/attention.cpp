@@ -605,7 +605,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     const Packed packed(shape, whole, shared, shared_memory);
     std::atomic<bool> enough = true;
     // Waking the other threads takes microseconds: no less than this one needs for some hundred thousand products. A
-    // head takes as long as some ten thousand beside its own.
+    // head takes as long as forty thousand beside its own.
     const bool parallel = double(kv_heads) * group * (double(shape.q_len) * shape.kv_len * shape.dim + 4e4) > 2e5;
 #pragma omp parallel num_threads(threads) if (parallel)
     {

@@ -91,8 +91,8 @@ def attention(
         repeated = _exact(
             q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue
         )
-    if repeated is not None and not (q_prepared.copied or k_prepared.copied):
-        _leave_plan(out, quantized, attended, repeated, tables_of("q", q_prologue), tables_of("k", k_prologue))
+        if repeated is not None and not (q_prepared.copied or k_prepared.copied):
+            _leave_plan(out, quantized, attended, repeated, tables_of("q", q_prologue), tables_of("k", k_prologue))
 
 
 def _leave_plan(

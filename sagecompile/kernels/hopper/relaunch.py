@@ -2,7 +2,7 @@
 
 In: the launches of a call that Python made. Out: a `Plan`, which Python leaves for the op whose call is under way.
 Why: to find out what to launch takes the host 350 us in Python, and to launch it again 23 in C++, where SDPA takes 24
-(an H200's host, calls in a row); in a model, whose host has other code to run, Python takes 2.5 times that (LOG.md).
+(an H200's host, calls in a row; LOG.md).
 Where there is no C++ compiler, or the driver is older than CUDA 12.4, Python launches everything; so it does where
 tables of a prologue must be copied.
 """
@@ -35,8 +35,8 @@ SOURCE = Path(__file__).with_name("relaunch.cpp")
 TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags")
 """By their number in relaunch.cpp: the ops' arguments, then what a call makes."""
 
-_kept: list[Any] = []
-"""Kernels of Triton, which unloads one that nobody has."""
+_kept: dict[int, Any] = {}
+"""Kernels of Triton by CUDA's handle, as it unloads one that nobody has."""
 _lock = threading.Lock()
 _PACKED = {"i32": "i", "i64": "q", "fp32": "f"}
 """Triton's types in Python's letters."""
@@ -84,7 +84,7 @@ def of_triton(compiled: Any, blocks: int, values: Sequence[float | str | None], 
         is_plain = not (metadata.global_scratch_size or metadata.profile_scratch_size) and metadata.num_ctas == 1
         if is_plain and parameter_sizes(compiled.function) == [len(parameter) for parameter in parameters]:
             threads = 32 * metadata.num_warps
-            _kept.append(compiled)
+            _kept[compiled.function] = compiled
             return Launch(compiled.function, blocks, threads, metadata.shared, overlap, parameters, addresses)
     except (AttributeError, KeyError, struct.error, OverflowError) as error:
         logger.debug("Triton's %s: %r", compiled, error)
@@ -158,7 +158,7 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
 
 @cache
 def _say_that_python_launches(why: str) -> None:
-    logger.warning("each attention takes the host ten times as long, as Python launches it: %s", why)
+    logger.warning("each attention takes the host fifteen times as long, as Python launches it: %s", why)
 
 
 @cache
