@@ -126,10 +126,11 @@ def predict(
         times = profile.times(family, alternative, heads, site.q_len, making) if site.q_len == site.kv_len else None
         if times is None:
             return None
-        here, found = speedup(times, cuda_graphs), speedup(times, cuda_graphs, any_host=not profile.is_own)
-        sdpa, ours = map(_shown, counted_us(times, cuda_graphs, any_host=not profile.is_own))
-        basis = f"{ours} against {sdpa}{' with what makes q and k' if making and known else ''}, {when}"
-        sure = alike and known and (found >= wanted * NEAR or here <= wanted / NEAR)
+        sdpa, ours = counted_us(times, cuda_graphs, any_host=not profile.is_own)
+        found = sdpa / ours
+        made = " with what makes q and k" if making and known else ""
+        basis = f"{_shown(ours)} against {_shown(sdpa)}{made}, {when}"
+        sure = alike and known and (found >= wanted * NEAR or speedup(times, cuda_graphs) <= wanted / NEAR)
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
     curves = profile.speedups(family, alternative, heads, cuda_graphs, making) if alike else []
     if not curves:

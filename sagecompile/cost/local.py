@@ -143,9 +143,9 @@ class Local:
                 return times
             waited = (waited_s() - before) / max(BUDGET_S, time.perf_counter() - start)
             slower = max((times[name].device / then.device for name, then in calibrated.items()), default=1.0)
-            if waited < MOST_WAITED and slower < BUSY:
-                return averaged([times, calibrated]) if calibrated else times
             if waited < MOST_WAITED:
+                if slower < BUSY:
+                    return averaged([times, calibrated]) if calibrated else times
                 tries.append(times)
             if left:
                 time.sleep(PAUSE_S)
@@ -308,7 +308,10 @@ def _bytes(site: AttentionSite, alternatives: int) -> int:
 
 
 def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:
-    """With as many KV heads and sequences as FLOPS and MEMORY allow, LEAST_HEADS at the least; groups stay whole."""
+    """With as many KV heads and sequences as FLOPS and MEMORY allow; groups stay whole.
+
+    LEAST_HEADS at the least, on a CPU as few of them as have ENOUGH_QUERIES.
+    """
     group = site.heads // site.kv_heads
     all_groups = site.batch * site.kv_heads
     least_heads = LEAST_HEADS[site.device_type]

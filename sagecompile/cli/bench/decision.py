@@ -83,10 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
         found["cuda_graphs"] = graph
         sites = list(draw(str(device), arguments.shapes, arguments.seed))
         decided = {site: decision(site) for site in sites}
-        measured: dict[AttentionSite, dict[str, Time]] = {}
+        races: dict[AttentionSite, list[dict[str, Time]]] = {}
         try:
-            _measure(sites, device.type, device_name, measured)
+            _measure(sites, device.type, device_name, races)
         finally:
+            measured = {site: averaged(raced) for site, raced in races.items()}
             found["launch_us"] = launches_us((site.prologues is not None, times) for site, times in measured.items())
             print(HEADER)
             for site, raced in measured.items():
@@ -102,18 +103,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(
-    sites: Sequence[AttentionSite], device_type: str, device_name: str, found: dict[AttentionSite, dict[str, Time]]
+    sites: Sequence[AttentionSite],
+    device_type: str,
+    device_name: str,
+    found: dict[AttentionSite, list[dict[str, Time]]],
 ) -> None:
-    """Into `found` the mean of the turns so far; a site that cannot run is said and left out."""
+    """Into `found` the turns of each; a site that cannot run is said and left out."""
     turns = TURNS[device_type]
     runners = {site: available.runners(site) for site in sites}
-    races: dict[AttentionSite, list[dict[str, Time]]] = {}
     for done, (_, site) in enumerate(product(range(turns), sites)):
         progress(f"measuring on {device_name}", done, turns * len(sites))
         with or_left_out(site.shape):
             raced = race(site, runners[site], ops, BUDGET_S[device_type] / turns)
-            races.setdefault(site, []).append(_with_prologues(site, runners[site], raced, device_name))
-            found[site] = averaged(races[site])
+            found.setdefault(site, []).append(_with_prologues(site, runners[site], raced, device_name))
     progress(f"measuring on {device_name}", turns * len(sites), turns * len(sites))
 
 

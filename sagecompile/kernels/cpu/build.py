@@ -18,6 +18,7 @@ from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import compiler
 
 logger = logging.getLogger("sagecompile")
+_lock = threading.Lock()
 
 SOURCE, OPS = (Path(__file__).with_name(name) for name in ("attention.cpp", "ops.cpp"))
 CPUINFO = Path("/proc/cpuinfo")
@@ -63,9 +64,6 @@ def register_ops() -> None:
     """From now on torch's ops call the kernel themselves; where they cannot be built, which is said, through Python."""
     with _lock:
         _register_ops()
-
-
-_lock = threading.Lock()
 
 
 @cache

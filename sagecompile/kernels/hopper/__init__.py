@@ -125,13 +125,13 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
     count = tiles.shape[0] * tiles.shape[1]
     index = k.device.index
     kernel = _quantize_kernel(variant, prepared.defines, index)
-    blocks = 2 * _multiprocessors(index)
-    k_blocks = min(count, round(blocks * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
+    most = 2 * _multiprocessors(index)
+    k_blocks = min(count, round(most * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
         tensor_of(k, variant), tensor_of(v, variant), prepared.parameters, tiles.data_ptr(),
         heads, length, head_dim, tiles.shape[1], count, k_blocks,
     )  # fmt: skip
-    blocks = k_blocks + min(count, blocks - k_blocks)
+    blocks = k_blocks + min(count, most - k_blocks)
     kernel(blocks, parameters, torch.cuda.current_stream(index).cuda_stream)
     return _Launched(kernel, blocks, parameters, tiles)
 
