@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,7 @@ from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, beyond_a_copy_us, profiles, store
-from .profile import Time, averaged, launched, speedup
+from .profile import Time, averaged, speedup
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
 
@@ -50,6 +50,9 @@ class Ops(Protocol):
     attention: Any
     qk_norm_rope_attention: Any
 
+    def settle(self) -> None:
+        """Wait until calls are what they will be from then on."""
+
 
 @dataclass(frozen=True)
 class Local:
@@ -66,26 +69,38 @@ class Local:
     def recall(self, site: AttentionSite) -> dict[Alternative, Prediction]:
         """What was measured of such a site before, here or in another process.
 
-        Where SDPA's launch took longer then than the device's profile says, the host was slow, or is: all launches
-        count as much less. But for a profile of this very machine, what wins must win on a faster host, too.
+        Launches count as the device's profile has them, which are those of a quiet host, else as they were raced. But
+        for a profile of this very machine, what wins must win on a faster host, too.
         """
         found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
         device, alternatives = str(self.machine["device"]), {name: _split(name) for name in found["times"]}
-        fusing = {name for name, which in alternatives.items() if site.prologues and fuses(which, site.head_dim)}
+        fusing = _fusing(site, alternatives.values())
         profile = profiles().get(device)
-        quiet_us = profile.launch_us.get(launched(SDPA, bool(fusing))) if profile else None
+        quiet_us = self._quiet_us(alternatives, bool(fusing))
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
             before, after = Time(*sdpa), Time(*ours)
-            host = min(1.0, quiet_us / before.launch) if quiet_us and before.launch else 1.0
-            before, after = (time._replace(launch=host * time.launch) for time in (before, after))
-            if name in fusing:
+            if quiet_us:
+                before, after = before._replace(launch=quiet_us[SDPA]), after._replace(launch=quiet_us[name])
+            elif site.device_type == "cuda" and not before.launch:
+                continue  # there was a profile then
+            if alternatives[name] in fusing:
                 before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
             faster = speedup((before, after), self.cuda_graphs, any_host=profile is None or not profile.is_own)
             predictions[alternatives[name]] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
+
+    def _quiet_us(self, names: Iterable[str], fused: bool) -> dict[str, float]:
+        """What the device's profile says of launches, of SDPA's too; nothing where it does not know all of them, or is
+        of hosts with faster ones.
+        """
+        profile = profiles().get(str(self.machine["device"]))
+        if profile is None or (self.machine.get("slow_launches") and not profile.is_own):
+            return {}
+        found = {name: profile.launch(name, fused) for name in (SDPA, *names)}
+        return {name: us for name, us in found.items() if us} if all(found.values()) else {}
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
@@ -136,9 +151,11 @@ class Local:
         each time as long.
         """
         tries: list[Mapping[str, Time]] = []
+        names = [" ".join(alternative) for alternative in alternatives]
+        launches = not self._quiet_us(names, bool(_fusing(site, alternatives)))
         for left in reversed(range(TRIES)):
             start, before = time.perf_counter(), waited_s()
-            times = race(site, alternatives, self.ops)
+            times = race(site, alternatives, self.ops, launches=launches)
             if site.device_type != "cpu":
                 return times
             waited = (waited_s() - before) / max(BUDGET_S, time.perf_counter() - start)
@@ -177,17 +194,24 @@ def race(
     moves the bytes that Inductor's kernels for them must. That is the least they take; `beyond_a_copy_us` is the rest.
     `launches`: whether they are timed.
     """
-    fusing = [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
+    fusing = _fusing(site, alternatives)
     q, calls = _contestants(site, alternatives, fusing, ops)
     kept = _memory_at_hand(q) if site.device_type == "cpu" else None
     here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
     uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
+    if launches or site.device_type == "cpu":
+        ops.settle()
     with here, torch.autocast(site.device_type, enabled=False):
         times = interleaved_times(calls, site.device_type, budget_s, uncaptured, launches)
         if site.device_type == "cuda":
             torch.cuda.empty_cache()  # what the captured graphs had for themselves goes back
     del kept
     return times
+
+
+def _fusing(site: AttentionSite, alternatives: Iterable[Alternative]) -> list[Alternative]:
+    """Which of them do the site's prologues."""
+    return [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
 
 
 def _contestants(

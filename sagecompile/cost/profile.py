@@ -158,10 +158,13 @@ class Profile:
 
         def time(name: str, device_us: float) -> Time:
             added = self.prologues.added(counted, name, heads, length) if counted else 0.0
-            plain = self.launch_us.get(name, 0.0)
-            return Time(device_us + added, self.launch_us.get(launched(name, making is not None), plain))
+            return Time(device_us + added, self.launch(name, fused=making is not None))
 
         return time(SDPA, found[0]), time(alternative, found[1])
+
+    def launch(self, name: str, fused: bool) -> float:
+        """Microseconds, also of one that only leaves prologues to others; 0 where nobody measured."""
+        return self.launch_us.get(launched(name, fused), self.launch_us.get(name, 0.0))
 
     def knows(self, making: Making, alternative: str) -> bool:
         """Whether what these prologues add was measured, in front of SDPA and in the alternative."""

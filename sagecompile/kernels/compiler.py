@@ -1,7 +1,7 @@
 """The user's own C++ compiler, for what of us is C++: each library is built once for each source and command.
 
 In: a source file and flags. Out: the library's path, or UnsupportedError with the reason why there is none. What needs
-torch's headers takes several seconds.
+torch's headers takes 5 to 9 seconds: `Background` has it built while Python does the same job more slowly.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -70,3 +73,55 @@ def library(source: Path, what: str, flags: Sequence[str]) -> Path:
             raise UnsupportedError(f"{' '.join(command)} failed: {result.stderr.strip()[-2000:]}")
         built.replace(found)
     return found
+
+
+_threads = ThreadPoolExecutor(8, "sagecompile")
+_begun: list[Future[Any]] = []
+_libraries: list[Background] = []
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def in_background(job: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> Future[T]:
+    """Have a thread do it, as compilers run outside of Python."""
+    _begun.append(_threads.submit(job, *arguments, **named))
+    return _begun[-1]
+
+
+def settle() -> None:
+    """Wait for all that was begun, so that calls from now on are all alike."""
+    wait(_begun)
+    for library in _libraries:
+        library.load_if_built()
+
+
+class Background:
+    """A library that is built in the background from when it is first asked for, and then loaded, once."""
+
+    def __init__(self, build: Callable[[], Path], load: Callable[[Path], Any], without: str) -> None:
+        """`without`: what it is like without it, for the log, in front of the reason why there is none."""
+        self._build, self._load, self._without = build, load, without
+        self._lock = threading.Lock()
+        self._building: Future[Path] | None = None
+        self._loaded: Any = None
+        self._is_settled = False
+        _libraries.append(self)
+
+    def now(self) -> Any:
+        """What `load` returned; None while it is being built, and where it cannot be had, which is said."""
+        if not self._is_settled:
+            with self._lock:
+                self._building = self._building or in_background(self._build)
+            self.load_if_built()
+        return self._loaded
+
+    def load_if_built(self) -> None:
+        """Nothing where nobody has asked for it."""
+        with self._lock:
+            if self._is_settled or self._building is None or not self._building.done():
+                return
+            try:
+                self._loaded = self._load(self._building.result())
+            except (UnsupportedError, OSError, AttributeError) as error:
+                logger.warning("%s: %s", self._without, error)
+            self._is_settled = True

@@ -12,7 +12,7 @@ import torch
 
 from sagecompile import ops
 from sagecompile.errors import UnsupportedError
-from sagecompile.kernels import compiler, cpu
+from sagecompile.kernels import compiler
 from sagecompile.kernels.cpu import build
 from sagecompile.ops.attention import IN_PYTHON
 
@@ -26,7 +26,8 @@ INTO = {"scale": 0.125, "is_causal": True, "format": "qk_int8_pv_fp16", "provide
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
-    build.register_ops()
+    build.OPS_LIBRARY.now()
+    compiler.settle()
 
 
 def called(op: Any, *given: Any, **how: Any) -> tuple[list[str], Any]:
@@ -135,14 +136,3 @@ def test_a_gradient_that_needs_what_was_overwritten_is_refused(provider: str) ->
         ops.attention_into(q, k, v, saved, **(INTO | {"provider": provider}))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_without_a_library_python_calls_the_kernel(monkeypatch, caplog) -> None:
-    def refuse(*_: Any) -> None:
-        raise UnsupportedError("no headers")
-
-    monkeypatch.setattr(compiler, "library", refuse)
-    build._register_ops.__wrapped__()
-    assert "as Python calls its kernel: no headers" in caplog.text
-    q, k, v = inputs()
-    cpu.attention(q, k, v, torch.empty_like(q), scale=0.125, is_causal=False, format="qk_int8_pv_fp16")

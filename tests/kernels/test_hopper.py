@@ -329,11 +329,11 @@ class TestLaunches:
             found.append((tuple(x.data_ptr() for x in tensors), *tables))
             return exact.Repeated("Triton's", 7, lambda *values: values)
 
-        monkeypatch.setattr(relaunch, "start", lambda: None)
+        monkeypatch.setattr(relaunch.LIBRARY, "now", lambda: None)
         monkeypatch.setattr(hopper, "_check_limits", lambda q, k: None)
         monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
-        monkeypatch.setattr(hopper, "_quantize_kernel", lambda *_: Kernel())
-        monkeypatch.setattr(hopper, "_attend_kernel", lambda *_: Kernel())
+        monkeypatch.setattr(hopper, "kernel", lambda source, device: Kernel())
+        monkeypatch.setattr(hopper, "_begin", lambda *_: [])
         monkeypatch.setattr(exact, "recompute_flagged", recompute)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         return found
@@ -342,7 +342,7 @@ class TestLaunches:
     def plans(self, monkeypatch):
         """That were left for C++: the arguments of each."""
         found = []
-        monkeypatch.setattr(relaunch, "library", lambda: "C++")
+        monkeypatch.setattr(relaunch.LIBRARY, "now", lambda: "C++")
         monkeypatch.setattr(relaunch, "of_triton", lambda *given, overlap: given)
         plan = lambda *given: SimpleNamespace(leave=lambda: found.append(given))  # noqa: E731
         monkeypatch.setattr(relaunch, "Plan", plan)
@@ -395,9 +395,19 @@ class TestLaunches:
         assert not plans
 
     def test_without_a_library_there_is_no_plan(self, launched, plans, monkeypatch):
-        monkeypatch.setattr(relaunch, "library", lambda: None)
+        monkeypatch.setattr(relaunch.LIBRARY, "now", lambda: None)
         self.attention(*self.tensors())
         assert len(launched) == 3 and not plans
+
+
+def test_a_first_call_has_all_formats_compiled_at_once(monkeypatch):
+    begun = []
+    monkeypatch.setattr(hopper, "begin", begun.append)
+    hopper._begin.__wrapped__(64, torch.bfloat16, True, NO_PROLOGUE, NORM_AND_ROPE)
+    kernels = {(source.file, dict(source.defines)["FP8"], dict(source.defines)["ROPE"]) for source in begun}
+    assert kernels == {("quantize.cu", fp8, 1) for fp8 in (False, True)} | {
+        ("attention.cu", fp8, 0) for fp8 in (False, True)
+    }
 
 
 class TestCut:
@@ -434,17 +444,13 @@ NORM_AND_ROPE = (("NORM", 1), ("NO_WEIGHT", 3), ("WEIGHT", 1), ("ROPE", 1), ("TA
 @pytest.mark.parametrize("format", TOLERANCE)
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("dim", [64, 96, 128])
-def test_every_variant_fits_in_shared_memory(monkeypatch, dim, dtype, format, causal):
+def test_every_variant_fits_in_shared_memory(dim, dtype, format, causal):
     """What a multiprocessor of compute capability 9.0 gives one block, with at least two tiles of K and V in flight."""
-    asked = {}
-    monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
     variant = parameters.variant_of(dim, dtype, format)
-    hopper._attend_kernel.__wrapped__(variant, causal, NO_PROLOGUE, 0)
-    assert asked["shared_bytes"] <= 227 * 1024 and dict(asked["defines"])["STAGES"] >= 2
-    assert asked["threads"] <= 1024
-    hopper._quantize_kernel.__wrapped__(variant, NO_PROLOGUE, 0)
+    attend = hopper._attend_source(variant, causal, NO_PROLOGUE)
+    assert attend.shared_bytes <= 227 * 1024 and dict(attend.defines)["STAGES"] >= 2 and attend.threads <= 1024
     blocks = 1 if dtype == torch.float32 else 2  # on a multiprocessor, each with 10 KiB of static shared memory
-    assert asked["shared_bytes"] <= 227 * 1024 // blocks - 10 * 1024
+    assert hopper._quantize_source(variant, NO_PROLOGUE).shared_bytes <= 227 * 1024 // blocks - 10 * 1024
 
 
 @pytest.mark.parametrize("prologue", [NO_PROLOGUE, NORM_AND_ROPE])
@@ -459,9 +465,7 @@ def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, 
     except UnsupportedError as error:
         pytest.skip(f"needs NVRTC: {error}")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    asked = {}
-    monkeypatch.setattr(hopper, "kernel", lambda *_, **how: asked.update(how))
-    hopper._attend_kernel.__wrapped__(parameters.variant_of(dim, torch.bfloat16, format), causal, prologue, 0)
+    source = hopper._attend_source(parameters.variant_of(dim, torch.bfloat16, format), causal, prologue)
     with caplog.at_level("DEBUG", logger="sagecompile"):
-        runtime.compile_cubin("attention.cu", asked["defines"])
+        runtime.compile_cubin(source.file, source.defines)
     assert "registers" in caplog.text and "serialized" not in caplog.text

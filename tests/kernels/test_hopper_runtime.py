@@ -53,6 +53,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(runtime, "FOLDER", sources)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     runtime.kernel.cache_clear()
+    monkeypatch.setattr(runtime, "_compiling", {})
     runtime._warn_once.cache_clear()
     return sources
 
@@ -309,6 +310,10 @@ def last(driver) -> tuple[int, ...]:
     return tuple((ctypes.c_long * 9).in_dll(driver, "last"))
 
 
+def probe_source(entry: str = "probe", threads: int = 128, shared_bytes: int = 0) -> runtime.Source:
+    return runtime.Source("probe.cu", entry, TWICE, threads, shared_bytes)
+
+
 def recorded_kernel() -> runtime.Kernel:
     return runtime.Kernel(b"image", "probe", threads=384, shared_bytes=100_000, device=0)
 
@@ -385,8 +390,28 @@ def test_threads_do_not_mix_their_launches(driver):
 
 
 def test_kernel_is_loaded_once(driver, compiled):
-    same = [runtime.kernel("probe.cu", "probe", defines=TWICE, threads=128, shared_bytes=0, device=0) for _ in "ab"]
+    same = [runtime.kernel(probe_source(), device=0) for _ in "ab"]
     assert same[0] is same[1] and len(compiled) == 1
+
+
+def test_what_was_begun_is_compiled_once_and_beside_others(driver, folder, monkeypatch):
+    both = threading.Barrier(2)
+
+    def compile(source, defines):
+        both.wait(timeout=60)  # which only two at the same time get through
+        return b"image"
+
+    monkeypatch.setattr(runtime, "compile_cubin", compile)
+    first, second = probe_source(), probe_source()._replace(defines=(("FACTOR", 3),))
+    assert runtime.begin(first) is runtime.begin(first) is not runtime.begin(second)
+    assert runtime.kernel(first, device=0) is not runtime.kernel(second, device=0)
+
+
+def test_what_cannot_be_compiled_says_so_each_time(driver, folder):
+    absent = probe_source()._replace(file="absent.cu")
+    for _ in "ab":
+        with pytest.raises(FileNotFoundError):
+            runtime.kernel(absent, device=0)
 
 
 def test_missing_driver_is_the_reason(monkeypatch):
@@ -404,7 +429,7 @@ def probe(nvrtc) -> runtime.Kernel:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a CUDA GPU of compute capability 9.0")
     torch.cuda.init()
-    return runtime.kernel("probe.cu", "probe", defines=TWICE, threads=128, shared_bytes=100_000, device=0)
+    return runtime.kernel(probe_source(shared_bytes=100_000), device=0)
 
 
 def double(kernel: runtime.Kernel, x: torch.Tensor, **options: bool) -> None:
@@ -472,17 +497,17 @@ def test_a_thread_new_to_cuda(probe):
 @pytest.mark.gpu
 def test_wrong_entry_on_a_gpu(probe):
     with pytest.raises(runtime.CudaError, match=r"kernel absent on cuda:0.*not found"):
-        runtime.kernel("probe.cu", "absent", defines=TWICE, threads=128, shared_bytes=0, device=0)
+        runtime.kernel(probe_source("absent"), device=0)
 
 
 @pytest.mark.gpu
 def test_too_much_shared_memory_on_a_gpu(probe):
     with pytest.raises(runtime.CudaError, match="300000 bytes of shared memory: invalid argument"):
-        runtime.kernel("probe.cu", "probe", defines=TWICE, threads=128, shared_bytes=300_000, device=0)
+        runtime.kernel(probe_source(shared_bytes=300_000), device=0)
 
 
 @pytest.mark.gpu
 def test_too_many_threads_on_a_gpu(probe):
-    wide = runtime.kernel("probe.cu", "probe", defines=TWICE, threads=2048, shared_bytes=0, device=0)
+    wide = runtime.kernel(probe_source(threads=2048), device=0)
     with pytest.raises(runtime.CudaError, match=r"2048 threads.*grid \(8, 1, 1\): .*CUDA error"):
         double(wide, torch.ones(1001, device="cuda"))

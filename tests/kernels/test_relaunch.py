@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from sagecompile.errors import UnsupportedError
 from sagecompile.formats import FORMATS
 from sagecompile.kernels import compiler
 from sagecompile.kernels.hopper import relaunch, runtime
@@ -282,18 +281,6 @@ def test_sizes_of_parameters_are_the_drivers(monkeypatch):
     assert runtime.parameter_sizes(99) == [8, 4]
 
 
-def test_without_a_compiler_python_launches(monkeypatch, caplog):
-    def refuse(*_: Any) -> None:
-        raise UnsupportedError("no C++ compiler")
-
-    monkeypatch.setattr(compiler, "library", refuse)
-    relaunch._building.cache_clear(), relaunch._library.cache_clear()
-    relaunch._say_that_python_launches.cache_clear()
-    assert relaunch.library() is None
-    relaunch._building.cache_clear(), relaunch._library.cache_clear()
-    assert "no C++ compiler" in caplog.text and "Python launches it" in caplog.text
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -303,7 +290,9 @@ class TestOnGpu:
 
     @pytest.fixture(autouse=True)
     def loaded(self) -> None:
-        assert relaunch.library() is not None
+        relaunch.LIBRARY.now()
+        compiler.settle()
+        assert relaunch.LIBRARY.now() is not None
 
     @staticmethod
     def inputs(seed: int, length: int = 700, heads: int = 4, kv_heads: int = 2, head_dim: int = 128, **how: Any) -> Any:

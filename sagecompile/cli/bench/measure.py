@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sagecompile import ops
 from sagecompile.cost.timer import interleaved_median_us, replayed
 
 Call = Callable[[], Any]
@@ -59,6 +60,7 @@ def measure(
                 runs[name] = _captured(call, error, found, device.type)
     if not runs:
         return {}
+    ops.settle()
     times = interleaved_median_us({name: run.run for name, run in runs.items()}, device.type, budget_s)
     return {name: Measurement(times[name] / run.calls, run.error, run.timed) for name, run in runs.items()}
 

@@ -1,7 +1,7 @@
 """Quantized attention on x86 CPUs with AVX-512 VNNI: INT8 QK^T, PV in bfloat16 (float32 where the CPU has none).
 
 In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written. The kernel, its layouts and its
-arithmetic are explained at the top of attention.cpp; it is built on first use. From then on the ops call it without
+arithmetic are explained at the top of attention.cpp; it is built on first use. Seconds later the ops call it without
 Python (ops.cpp), but for heads that 8 bits cannot hold.
 """
 
@@ -16,7 +16,7 @@ from sagecompile.formats import PROVIDERS
 from sagecompile.kernels.check import check
 from sagecompile.kernels.sdpa import sdpa
 
-from .build import function, register_ops, why_not
+from .build import OPS_LIBRARY, function, why_not
 
 __all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
 
@@ -44,7 +44,7 @@ def attention(
     check(q, k, v, out, format, FORMATS, MAX_HEAD_DIM, causal_offset)
     if not q.is_cpu:
         raise ValueError(f"q {q.device}: need the CPU")
-    register_ops()
+    OPS_LIBRARY.now()
     ahead = min(causal_offset, k.shape[2]) if is_causal else k.shape[2]
     sizes = (*q.shape, *k.shape[1:3], ahead, _DTYPES[q.dtype], torch.get_num_threads())
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())

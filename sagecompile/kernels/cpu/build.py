@@ -7,18 +7,13 @@ the reason why there is none. It is plain C++ without torch's headers, so that i
 from __future__ import annotations
 
 import ctypes
-import logging
 import platform
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import compiler
-
-logger = logging.getLogger("sagecompile")
-_lock = threading.Lock()
 
 SOURCE, OPS = (Path(__file__).with_name(name) for name in ("attention.cpp", "ops.cpp"))
 CPUINFO = Path("/proc/cpuinfo")
@@ -60,18 +55,16 @@ def function(*extra_flags: str, bf16: bool = True) -> Any:
     return attention
 
 
-def register_ops() -> None:
-    """From now on torch's ops call the kernel themselves; where they cannot be built, which is said, through Python."""
-    with _lock:
-        _register_ops()
-
-
-@cache
-def _register_ops() -> None:
-    try:
-        library = ctypes.CDLL(str(compiler.library(OPS, "the CPU's ops", compiler.WITH_TORCH)))
-    except (UnsupportedError, OSError) as error:
-        logger.warning("each attention of a CPU takes 35 to 85 us longer, as Python calls its kernel: %s", error)
-        return
+def _register_ops(path: Path) -> Any:
+    library = ctypes.CDLL(str(path))
     library.sagecompile_kernel.argtypes = (ctypes.c_void_p,)
     library.sagecompile_kernel(ctypes.cast(function(), ctypes.c_void_p))
+    return library
+
+
+OPS_LIBRARY = compiler.Background(
+    lambda: compiler.library(OPS, "the CPU's ops", compiler.WITH_TORCH),
+    _register_ops,
+    "each attention of a CPU takes 35 to 85 us longer, as Python calls its kernel",
+)
+"""Once it is loaded torch's ops call the kernel themselves."""

@@ -12,8 +12,9 @@ op launches again.
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import Future
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -38,7 +39,7 @@ from .parameters import (
     tiles_shape,
     variant_of,
 )
-from .runtime import Defines, Kernel, kernel
+from .runtime import Defines, Kernel, Source, begin, kernel
 
 if TYPE_CHECKING:
     from sagecompile.kernels.triton.exact import Repeated
@@ -82,26 +83,33 @@ def attention(
     """
     check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
     _check_limits(q, k)
-    relaunch.start()
+    library = relaunch.LIBRARY.now()
     ahead, variant = min(causal_offset, k.shape[2]), variant_of(q.shape[3], q.dtype, format)
     with torch.cuda.device_of(q):
         q_prepared, k_prepared = prepare(q_prologue, q, variant), prepare(k_prologue, k, variant)
+        building = _begin(q.shape[3], q.dtype, is_causal, q_prepared.defines, k_prepared.defines)
+        if not all(one.done() for one in building):  # meanwhile Triton can build in this thread
+            _exact(q, k, v, out, None, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue)
         quantized = _quantize(k, v, k_prepared, format)
         attended = _attend(q, k, out, quantized.made, q_prepared, scale, is_causal, ahead, format, overlap=True)
         repeated = _exact(
             q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue
         )
-        if repeated is not None and not (q_prepared.copied or k_prepared.copied):
-            _leave_plan(out, quantized, attended, repeated, tables_of("q", q_prologue), tables_of("k", k_prologue))
+        if library is not None and repeated is not None and not (q_prepared.copied or k_prepared.copied):
+            tables = tables_of("q", q_prologue), tables_of("k", k_prologue)
+            _leave_plan(library, out, quantized, attended, repeated, *tables)
 
 
 def _leave_plan(
-    out: torch.Tensor, quantized: _Launched, attended: _Launched, repeated: Repeated, q_tables: Tables, k_tables: Tables
+    library: Any,
+    out: torch.Tensor,
+    quantized: _Launched,
+    attended: _Launched,
+    repeated: Repeated,
+    q_tables: Tables,
+    k_tables: Tables,
 ) -> None:
-    """For C++, to do the same for tensors alike; nothing where there is no library."""
-    library = relaunch.library()
-    if library is None:
-        return
+    """For C++, to do the same for tensors alike."""
     values = repeated.arguments(("q", "k", "v", "out", "flags"), q_tables, k_tables)
     exact = relaunch.of_triton(repeated.compiled, repeated.blocks, values, overlap=True)
     if exact is not None:
@@ -124,7 +132,7 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
     tiles = torch.empty(tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
     count = tiles.shape[0] * tiles.shape[1]
     index = k.device.index
-    kernel = _quantize_kernel(variant, prepared.defines, index)
+    quantize = kernel(_quantize_source(variant, prepared.defines), index)
     most = 2 * _multiprocessors(index)
     k_blocks = min(count, round(most * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
@@ -132,8 +140,8 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
         heads, length, head_dim, tiles.shape[1], count, k_blocks,
     )  # fmt: skip
     blocks = k_blocks + min(count, most - k_blocks)
-    kernel(blocks, parameters, torch.cuda.current_stream(index).cuda_stream)
-    return _Launched(kernel, blocks, parameters, tiles)
+    quantize(blocks, parameters, torch.cuda.current_stream(index).cuda_stream)
+    return _Launched(quantize, blocks, parameters, tiles)
 
 
 def attend(
@@ -184,9 +192,9 @@ def _attend(
         *cut, tiles.shape[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
-    kernel = _attend_kernel(variant, is_causal, prepared.defines, index)
-    kernel(blocks, parameters, torch.cuda.current_stream(index).cuda_stream, overlap=overlap)
-    return _Launched(kernel, blocks, parameters, flags)
+    attend = kernel(_attend_source(variant, is_causal, prepared.defines), index)
+    attend(blocks, parameters, torch.cuda.current_stream(index).cuda_stream, overlap=overlap)
+    return _Launched(attend, blocks, parameters, flags)
 
 
 def _exact(
@@ -194,13 +202,14 @@ def _exact(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    flags: torch.Tensor,
+    flags: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     ahead: int,
     q_prologue: Prologue | None,
     k_prologue: Prologue | None,
 ) -> Repeated | None:
+    """Without flags it is only built."""
     from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
 
     return recompute_flagged(
@@ -220,18 +229,27 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 @cache
-def _quantize_kernel(variant: Variant, prologue: Defines, device: int) -> Kernel:
-    shared_bytes = max(variant.k_bytes - 128, variant.v_bytes)
-    shared_bytes += _QUANTIZE_STAGES * _QUANTIZE_THREADS * 32 * variant.dtype.itemsize
-    sizes = {"PARAMETER_BYTES": ctypes.sizeof(QuantizeParameters), "SHARED_BYTES": shared_bytes}
-    return kernel(
-        "quantize.cu", "quantize_kv", defines=(*variant.defines(), *prologue, *sizes.items()),
-        threads=_QUANTIZE_THREADS, shared_bytes=shared_bytes, device=device,
-    )  # fmt: skip
+def _begin(
+    head_dim: int, dtype: torch.dtype, is_causal: bool, q_defines: Defines, k_defines: Defines
+) -> list[Future[bytes]]:
+    """Have threads compile what a call needs, in all formats: what may run in one is often raced in the others, too."""
+    variants = [variant_of(head_dim, dtype, format) for format in FORMATS]
+    sources = [_quantize_source(variant, k_defines) for variant in variants]
+    sources += [_attend_source(variant, is_causal, q_defines) for variant in variants]
+    return [begin(source) for source in sources]
 
 
 @cache
-def _attend_kernel(variant: Variant, is_causal: bool, prologue: Defines, device: int) -> Kernel:
+def _quantize_source(variant: Variant, prologue: Defines) -> Source:
+    shared_bytes = max(variant.k_bytes - 128, variant.v_bytes)
+    shared_bytes += _QUANTIZE_STAGES * _QUANTIZE_THREADS * 32 * variant.dtype.itemsize
+    sizes = {"PARAMETER_BYTES": ctypes.sizeof(QuantizeParameters), "SHARED_BYTES": shared_bytes}
+    defines = (*variant.defines(), *prologue, *sizes.items())
+    return Source("quantize.cu", "quantize_kv", defines, _QUANTIZE_THREADS, shared_bytes)
+
+
+@cache
+def _attend_source(variant: Variant, is_causal: bool, prologue: Defines) -> Source:
     consumers, overlap, lag = variant.schedule
     own = 64 * ((variant.head_dim + 8) * 4 if variant.fp8 else variant.head_dim * variant.dtype.itemsize)
     fixed = consumers * (own + variant.head_dim // 16 * (64 * 16 + 16)) + _TURNS * 32
@@ -241,10 +259,8 @@ def _attend_kernel(variant: Variant, is_causal: bool, prologue: Defines, device:
     settings = {"CAUSAL": is_causal, "CONSUMERS": consumers, "STAGES": stages, "OVERLAP": overlap, "LAG": lag}
     settings |= {"PARAMETER_BYTES": ctypes.sizeof(AttendParameters), "SHARED_BYTES": shared_bytes}
     settings |= {"FLAG_ROWS": FLAG_ROWS}
-    return kernel(
-        "attention.cu", "attend", defines=(*variant.defines(), *prologue, *settings.items()),
-        threads=128 * (consumers + 1), shared_bytes=shared_bytes, device=device,
-    )  # fmt: skip
+    defines = (*variant.defines(), *prologue, *settings.items())
+    return Source("attention.cu", "attend", defines, 128 * (consumers + 1), shared_bytes)
 
 
 @cache

@@ -3,8 +3,8 @@
 In: the launches of a call that Python made. Out: a `Plan`, which Python leaves for the op whose call is under way.
 Why: to find out what to launch takes the host 350 us in Python, and to launch it again 23 in C++, where SDPA takes 24
 (an H200's host, calls in a row; LOG.md).
-Where there is no C++ compiler, or the driver is older than CUDA 12.4, Python launches everything; so it does where
-tables of a prologue must be copied.
+Until that is built, and where there is no C++ compiler, or the driver is older than CUDA 12.4, Python launches
+everything; so it does where tables of a prologue must be copied.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_char_p, c_int, c_int64, c_uint32, c_void_p
 from functools import cache
 from itertools import accumulate
@@ -23,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import compiler
 
 from .parameters import Tables, places
@@ -37,7 +34,7 @@ TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", 
 
 _kept: dict[int, Any] = {}
 """Kernels of Triton by CUDA's handle, as it unloads one that nobody has."""
-_lock = threading.Lock()
+_BY_PYTHON = "each attention takes the host fifteen times as long, as Python launches it"
 _PACKED = {"i32": "i", "i64": "q", "fp32": "f"}
 """Triton's types in Python's letters."""
 
@@ -118,27 +115,9 @@ class Plan:
         self._library.sagecompile_forget(self._plan)
 
 
-def start() -> None:
-    """Build while other things are; `library` waits for it."""
-    with _lock:
-        _building()
-
-
-def library() -> Any:
-    """As `load`; None where it cannot be had, which is said."""
-    with _lock:
-        return _library()
-
-
-@cache
-def _library() -> Any:
-    try:
-        path = _building().result()
-        driver, cuda = ctypes.CDLL(DRIVER), ctypes.CDLL(str(compiler.TORCH / "lib" / "libtorch_cuda.so"))
-        return load(path, driver, cuda.aoti_torch_get_current_cuda_stream)
-    except (UnsupportedError, OSError, AttributeError) as error:
-        _say_that_python_launches(str(error))
-        return None
+def _load(path: Path) -> Any:
+    cuda = ctypes.CDLL(str(compiler.TORCH / "lib" / "libtorch_cuda.so"))
+    return load(path, ctypes.CDLL(DRIVER), cuda.aoti_torch_get_current_cuda_stream)
 
 
 def load(path: Path, driver: Any, current_stream: Any) -> Any:
@@ -158,14 +137,12 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
 
 @cache
 def _say_that_python_launches(why: str) -> None:
-    logger.warning("each attention takes the host fifteen times as long, as Python launches it: %s", why)
-
-
-@cache
-def _building() -> Future[Path]:
-    return ThreadPoolExecutor(1).submit(build)
+    logger.warning("%s: %s", _BY_PYTHON, why)
 
 
 def build(*flags: str) -> Path:
     """The library; UnsupportedError where the compiler says no."""
     return compiler.library(SOURCE, "what launches Hopper's kernels", [*compiler.WITH_TORCH, *flags])
+
+
+LIBRARY = compiler.Background(build, _load, _BY_PYTHON)

@@ -1,10 +1,10 @@
 """Compile CUDA C++ for compute capability 9.0 while the program runs, keep the result on disk, load and launch it.
 
-In: a .cu file of this folder, its defines, and the name of an entry point that takes one struct by value. Out: a
-`Kernel`, which a call launches. A user needs nothing but torch: its CUDA wheels bring the compiler, NVRTC, and the
-NVIDIA driver brings libcuda. Both are called through ctypes, because torch's own wrapper (torch.cuda._utils) is private
-and cuda-bindings comes with torch's CUDA 13 wheels alone. NVRTC has no headers, not even <cstdint> or <cuda_bf16.h>:
-a .cu file can include the .cuh files beside it and nothing else.
+In: a `Source`, a .cu file of this folder with its defines and the name of an entry point that takes one struct by
+value. Out: a `Kernel`, which a call launches. A user needs nothing but torch: its CUDA wheels bring the compiler,
+NVRTC, and the NVIDIA driver brings libcuda. Both are called through ctypes, because torch's own wrapper
+(torch.cuda._utils) is private and cuda-bindings comes with torch's CUDA 13 wheels alone. NVRTC has no headers, not even
+<cstdint> or <cuda_bf16.h>: a .cu file can include the .cuh files beside it and nothing else.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from ctypes import addressof, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from sagecompile.errors import SageCompileError, UnsupportedError
+from sagecompile.kernels.compiler import in_background
 
 logger = logging.getLogger("sagecompile")
 
@@ -150,10 +152,35 @@ class _Arguments(threading.local):
         self.pointers_address = addressof(self.pointers)
 
 
+class Source(NamedTuple):
+    """What a kernel is made of; the same always makes the same."""
+
+    file: str
+    """A .cu file of this folder."""
+    entry: str
+    defines: Defines
+    threads: int
+    shared_bytes: int
+
+
+_compiling: dict[tuple[str, Defines], Future[bytes]] = {}
+_lock = threading.Lock()
+
+
+def begin(source: Source) -> Future[bytes]:
+    """Compile in a thread what `kernel` will be asked for, while others are compiled, too, or Triton is at work."""
+    what = source.file, source.defines
+    with _lock:
+        if what not in _compiling:
+            _compiling[what] = in_background(compile_cubin, *what)
+        return _compiling[what]
+
+
 @cache
-def kernel(source: str, entry: str, *, defines: Defines, threads: int, shared_bytes: int, device: int) -> Kernel:
-    """The entry point of a .cu file of this folder, compiled and loaded once in each process; errors as its parts'."""
-    return Kernel(compile_cubin(source, defines), entry, threads=threads, shared_bytes=shared_bytes, device=device)
+def kernel(source: Source, device: int) -> Kernel:
+    """Compiled and loaded once in each process; errors as its parts'."""
+    cubin = begin(source).result()
+    return Kernel(cubin, source.entry, threads=source.threads, shared_bytes=source.shared_bytes, device=device)
 
 
 def compile_cubin(source: str, defines: Defines) -> bytes:

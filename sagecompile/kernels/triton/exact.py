@@ -35,7 +35,7 @@ def recompute_flagged(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    flags: torch.Tensor,
+    flags: torch.Tensor | None,
     *,
     flag_rows: int = 0,
     scale: float,
@@ -49,6 +49,7 @@ def recompute_flagged(
     its weight, cos and sin with adjacent channels, cos and sin with the same strides.
 
     flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
+    Without flags nothing is launched: the kernel that some would need is built.
     A flag makes its whole tile exact: 64 rows, or 32 in float32. Causal rows see the keys j <= i + causal_offset.
     overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
@@ -57,7 +58,7 @@ def recompute_flagged(
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     expected = (batch * q_heads, triton.cdiv(q_len, flag_rows)) if flag_rows else (batch * kv_heads,)
-    assert flags.dtype == torch.int32 and flags.shape == expected
+    assert flags is None or (flags.dtype == torch.int32 and flags.shape == expected)
     # float32 without TF32 runs on the ordinary cores, with operands in registers: larger tiles spill.
     rows, keys = (32, 16) if q.dtype == torch.float32 else (64, 32)
     tiles = batch * q_heads * triton.cdiv(q_len, rows)
@@ -76,11 +77,13 @@ def recompute_flagged(
         return *tensors, *numbers, *q_tables, *q_numbers, *k_tables, *k_numbers, *constants
 
     blocks = min(tiles, PROGRAMS)
+    how = {"num_warps": 8, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
     with torch.cuda.device_of(q):
-        compiled = _attend_flagged[(blocks,)](
-            *arguments((q, k, v, out, flags), q_tables, k_tables),
-            num_warps=8, num_stages=1, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
+        if flags is None:
+            flags = torch.empty(expected, dtype=torch.int32, device=q.device)
+            _attend_flagged.warmup(*arguments((q, k, v, out, flags), q_tables, k_tables), grid=(blocks,), **how)
+            return None
+        compiled = _attend_flagged[(blocks,)](*arguments((q, k, v, out, flags), q_tables, k_tables), **how)
     return None if compiled is None else Repeated(compiled, blocks, arguments)
 
 
@@ -139,7 +142,11 @@ def _weights(W, columns, head_dim, NORM: tl.constexpr):
     return tl.load(W + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tiles", "q_len", "kv_len", "ahead"])
+_SIZES = ["tiles", "q_heads", "group", "q_len", "kv_len", "ahead", "head_dim"]
+_STRIDES = [f"stride_{of}" for of in ("qb", "qh", "kb", "kh", "vb", "vh", "ob", "oh", "qtb", "qtn", "ktb", "ktn")]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])  # one is built for all shapes: loads need n's and d's strides alone
 def _attend_flagged(
     Q, K, V, OUT, FLAGS, tiles, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
