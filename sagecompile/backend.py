@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._inductor.compile_fx  # seconds, which belong to torch.compile as with inductor, not to the first call
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
