@@ -129,8 +129,8 @@ def rising(monkeypatch):
     monkeypatch.setattr(cost, "profiles", lambda: {"GPU": RISING})
 
 
-def predict(site, wanted=1.05):
-    return cost.predict(site, "qk_int8_pv_fp8", "triton", GPU, wanted)
+def predict(site, wanted=1.05, device="cuda"):
+    return cost.predict(site, "qk_int8_pv_fp8", "triton", replace(GPU, type=device), wanted)
 
 
 @pytest.mark.usefixtures("rising")
@@ -195,6 +195,12 @@ class TestPredict:
     @pytest.mark.parametrize(("wanted", "sure"), [(1.05, True), (1.7, False), (2.0, False), (2.3, False), (2.6, True)])
     def test_near_to_what_is_wanted_is_not_sure(self, wanted, sure):
         assert predict(SITE, wanted).sure == sure
+
+    @pytest.mark.parametrize("device", ["cuda", "cpu"])
+    def test_a_few_waves_of_blocks_are_sooner_not_sure(self, device):
+        """At 1024 tokens both take 100 us, at 2048 400 and 200."""
+        assert predict(replace(SITE, q_len=1024, kv_len=1024), 1.4, device).sure == (device == "cpu")
+        assert predict(SITE, 1.5, device).sure
 
     def test_a_cpu_with_other_threads_is_not_sure_and_has_no_crossing(self, monkeypatch):
         monkeypatch.setattr(cost, "profiles", lambda: {"GPU": replace(RISING, threads=2)})
