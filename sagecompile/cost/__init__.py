@@ -89,9 +89,9 @@ def own_profiles() -> Path:
 
 NEAR = 1.25
 """A speed-up that is wrong by this factor may be the wrong side of what it takes."""
-NEAR_IN_FEW_WAVES, FEW_WAVES_US = 1.5, 200.0
-"""The same of calls that take a GPU so long at most: it runs them as a few waves of blocks, and how full the last one
-is, is not seen in between what was measured. They are measured in no time."""
+NEAR_WHEN_SHORT, SHORT_US = 1.5, {"cpu": 10_000.0, "cuda": 200.0}
+"""The same of calls that take so long at most: a GPU runs them as a few waves of blocks, and how full the last one is,
+is not seen in between what was measured; a CPU shares them out among its threads. They are measured in no time."""
 
 
 def predict(
@@ -133,8 +133,8 @@ def predict(
         found = sdpa / ours
         made = " with what makes q and k" if making and known else ""
         basis = f"{_shown(ours)} against {_shown(sdpa)}{made}, {when}"
-        few_waves = device.type == "cuda" and max(time.device for time in times) <= FEW_WAVES_US
-        near = NEAR_IN_FEW_WAVES if few_waves else NEAR
+        is_short = max(time.device for time in times) <= SHORT_US.get(device.type, 0.0)
+        near = NEAR_WHEN_SHORT if is_short else NEAR
         sure = alike and known and (found >= wanted * near or speedup(times, cuda_graphs) <= wanted / near)
         return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
     curves = profile.speedups(family, alternative, heads, cuda_graphs, making) if alike else []

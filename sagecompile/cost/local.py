@@ -38,10 +38,10 @@ LONGEST = {"cpu": 16, "cuda": 8}
 MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Bytes of q, k, v, the outputs and what prologues make."""
 BUDGET_S = 0.05
-BUSY, TRIES, PAUSE_S = 1.25, 3, 0.2
-"""Beyond this factor a CPU is busy; how often, and after how long, it is tried."""
-ALIKE = 1.1
-"""Tries within this factor of one another are not those of a busy CPU; then a profile counts as one try more."""
+TRIES, PAUSE_S = 3, 0.2
+"""How often at the most, and after how long, it is tried on a CPU."""
+ALIKE, APART = 1.1, 1.5
+"""What two measurements of a speed-up on a CPU may differ by to be believed, and beyond which none is."""
 
 
 class Ops(Protocol):
@@ -120,9 +120,8 @@ class Local:
     ) -> dict[Alternative, Prediction] | str:
         """Race the alternatives against SDPA now, or say why not; `predicted`: what a profile says of each, if it does.
 
-        Where others are at work on a CPU, some calls suffer more than others, a hundred times where threads wait for
-        one another. It is tried TRIES times then; unless the tries are alike, what was measured so is not kept, nor is
-        it tried again in this process. What a profile of the same machine says counts as much as a race.
+        Where a CPU is busy nothing is kept, nor is it tried again in this process. What a profile of the same machine
+        says counts as much as a race.
         """
         why_not = self.why_not(site, len(predicted))
         if why_not is not None:
@@ -130,7 +129,7 @@ class Local:
         smaller = _shrink(site, len(predicted))
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-                times = self._race_on_an_idle_cpu(smaller, tuple(predicted), _calibrated(smaller, site, predicted))
+                times = self._races(smaller, tuple(predicted), _calibrated(smaller, site, predicted))
         except Exception as failure:  # whatever a kernel or the device raises, the model must still compile
             times = f"measuring failed: {type(failure).__name__}: {failure}"
         if isinstance(times, str):
@@ -142,35 +141,35 @@ class Local:
         store.remember(self.key(site), {"times": before["times"] | raced})
         return self.recall(site)
 
-    def _race_on_an_idle_cpu(
+    def _races(
         self, site: AttentionSite, alternatives: Sequence[Alternative], calibrated: Mapping[str, Time]
-    ) -> dict[str, Time] | str:
-        """A race that no others disturbed, or that there was none.
+    ) -> Mapping[str, Time] | str:
+        """What races say; on a CPU two of them at least, or one and `calibrated`; else that it is busy.
 
-        They do where threads wait for a CPU, or something takes BUSY times what it did when it was calibrated, and not
-        each time as long.
+        Not those in which threads waited for a CPU. Others at work, on the same machine beyond what this one sees too,
+        make some calls suffer more than others: the first two that are ALIKE are believed, else all, if they are not
+        further than APART.
         """
-        tries: list[Mapping[str, Time]] = []
         names = [" ".join(alternative) for alternative in alternatives]
         launches = not self._quiet_us(names, bool(_fusing(site, alternatives)))
+        if site.device_type != "cpu":
+            return race(site, alternatives, self.ops, launches=launches)
+        opinions = [calibrated] if calibrated else []
         for left in reversed(range(TRIES)):
             start, before = time.perf_counter(), waited_s()
             times = race(site, alternatives, self.ops, launches=launches)
-            if site.device_type != "cpu":
-                return times
             waited = (waited_s() - before) / max(BUDGET_S, time.perf_counter() - start)
-            slower = max((times[name].device / then.device for name, then in calibrated.items()), default=1.0)
             if waited < MOST_WAITED:
-                if slower < BUSY:
-                    return averaged([times, calibrated]) if calibrated else times
-                tries.append(times)
-            if left:
+                alike = [other for other in opinions if _apart(times, other) < ALIKE]
+                if alike:
+                    return averaged([times, alike[0]])
+                opinions.append(times)
+            if left and (waited >= MOST_WAITED or len(opinions) > 1):
                 time.sleep(PAUSE_S)
-        if len(tries) == TRIES and _are_alike(tries):
-            return averaged([*tries, calibrated])
-        if waited < MOST_WAITED:
-            return f"the CPU is busy: it takes {slower:.1f} times what it did when it was calibrated"
-        return f"the CPU is busy: threads waited for it {waited:.0%} of the time"
+        if waited >= MOST_WAITED:
+            return f"the CPU is busy: threads waited for it {waited:.0%} of the time"
+        most = max(_apart(one, other) for one in opinions for other in opinions)
+        return averaged(opinions) if most < APART else f"the CPU is busy: two measurements are {most:.1f} times apart"
 
     def key(self, site: AttentionSite) -> dict[str, Any]:
         """What a measurement of such a site is kept under."""
@@ -291,9 +290,10 @@ def _fused_arguments(
     return found
 
 
-def _are_alike(tries: Sequence[Mapping[str, Time]]) -> bool:
-    by_name = [[times[name].device for times in tries] for name in tries[0]]
-    return all(max(us) < ALIKE * min(us) for us in by_name)
+def _apart(one: Mapping[str, Time], other: Mapping[str, Time]) -> float:
+    """By which factor two opinions of what is faster than SDPA differ at most, however fast the machine was."""
+    ratios = [times.device / other[name].device for name, times in one.items()]
+    return max(ratios) / min(ratios)
 
 
 def _calibrated(

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -249,6 +250,39 @@ def test_steep_scores(gain, dtype):
 
 
 @HERE
+def test_far_apart_scores_take_no_longer():
+    """Weights below 2^-126 are as many as the others here; each product with one would take a hundred times as long."""
+    q, k, v = inputs(batch=2, q_heads=8, kv_heads=8, q_len=512, kv_len=512, dim=64)
+
+    def fastest_s(q):
+        out, times = torch.empty_like(q), []
+        for _ in range(12):
+            start = time.perf_counter()
+            cpu.attention(q, k, v, out, scale=0.125, is_causal=False, format=ACCURATE)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    near = fastest_s(q)
+    for gain in (16.0, 40.0):
+        assert fastest_s(gain * q) < 2.5 * near
+        assert relative_error(attend(gain * q, k, v), exact_attention(gain * q, k, v)) < 0.2
+
+
+@HERE
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_callers_own_denormals_stay(threads):
+    """A kernel may set its threads to take them for 0, but must set them back."""
+    q, k, v = inputs(q_len=300, kv_len=300)
+    before, tiny = torch.get_num_threads(), torch.full((1 << 20,), 1e-40)
+    torch.set_num_threads(threads)
+    try:
+        attend(q, k, v)
+        assert (tiny * 0.5 > 0).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@HERE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
@@ -311,9 +345,11 @@ def test_shares_the_openmp_threads_of_torch():
     script = """
 import os, torch
 from sagecompile.kernels import cpu
+from sagecompile.kernels.cpu.build import OPS_LIBRARY
 def threads():
     return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
+OPS_LIBRARY.now()  # in a thread that waits from then on
 x, out = torch.ones(1).expand(1, 2, 512, 64), torch.empty(1, 2, 512, 64)
 started = threads()
 cpu.attention(x, x, x, out, scale=1.0, is_causal=False, format="qk_int8_pv_fp16")

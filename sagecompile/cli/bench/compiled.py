@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +54,6 @@ def compile_each(
 
     What rewrites nothing under `always` is left out, it is inductor once more; `auto` that keeps everything is not.
     """
-    _start_compiler(next(x.device for x in inputs.values() if torch.is_tensor(x)))
     torch._dynamo.reset()  # nothing of earlier shapes and models: neither their code nor their memory
     gc.collect()
     found: dict[str, Compiled] = {}
@@ -75,13 +73,6 @@ def compile_each(
             else:
                 found[name] = Compiled(call, report, compile_s)
     return found
-
-
-@cache
-def _start_compiler(device: torch.device) -> None:
-    """What the first one in a process takes is nobody's own."""
-    with fresh_cache(), torch.no_grad():
-        torch.compile(torch.nn.functional.gelu, dynamic=False)(torch.ones(32, 32, device=device))
 
 
 def rows(ways: Mapping[str, Compiled], measured: Mapping[str, Measurement]) -> Iterator[dict[str, Any]]:
