@@ -110,7 +110,7 @@ class Device:
     threads: int | None = None
     """Of a CPU, as many as torch uses."""
     slow_launches: bool = False
-    """Whether Python launches what C++ would, if there was a compiler."""
+    """Whether Python launches what C++ would, if there was a compiler and a newer driver."""
 
 
 def _same(a: Size, b: Size) -> bool:

@@ -50,7 +50,8 @@ def _examine_device(name: str) -> dict[str, Any]:
     from sagecompile.backend import measurements
     from sagecompile.cost import profiles, store
     from sagecompile.formats import FORMATS, PROVIDERS
-    from sagecompile.kernels import available, compiler
+    from sagecompile.kernels import available
+    from sagecompile.kernels.hopper import relaunch
 
     device = available.device(name)
     profile = profiles().get(device.name)
@@ -66,7 +67,7 @@ def _examine_device(name: str) -> dict[str, Any]:
         "compute_capability": device.compute_capability,
         "measured": store.count(measurements(name, cuda_graphs=False).machine),
         "profile": {"date": profile.date, "source": profile.source} if profile else None,
-        "slow_launches": compiler.why_none() if device.slow_launches else None,
+        "slow_launches": relaunch.why_not() if device.slow_launches else None,
         "formats": rows,
     }
 

@@ -42,6 +42,8 @@ TRIES, PAUSE_S = 3, 0.2
 """How often at the most, and after how long, it is tried on a CPU."""
 ALIKE, APART = 1.1, 1.5
 """What two measurements of a speed-up on a CPU may differ by to be believed, and beyond which none is."""
+CLOSE = 0.9, 1.2
+"""A speed-up in between is worth all tries."""
 
 
 class Ops(Protocol):
@@ -78,13 +80,13 @@ class Local:
         device, alternatives = str(self.machine["device"]), {name: _split(name) for name in found["times"]}
         fusing = _fusing(site, alternatives.values())
         profile = profiles().get(device)
-        quiet_us = self._quiet_us(alternatives, bool(fusing))
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
             before, after = Time(*sdpa), Time(*ours)
+            quiet_us = self._quiet_us([name], bool(fusing))
             if quiet_us:
                 before, after = before._replace(launch=quiet_us[SDPA]), after._replace(launch=quiet_us[name])
-            elif site.device_type == "cuda" and not before.launch:
+            elif site.device_type == "cuda" and not (before.launch or self.cuda_graphs):
                 continue  # there was a profile then
             if alternatives[name] in fusing:
                 before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
@@ -147,27 +149,27 @@ class Local:
         """What races say; on a CPU two of them at least, or one and `calibrated`; else that it is busy.
 
         Not those in which threads waited for a CPU. Others at work, on the same machine beyond what this one sees too,
-        make some calls suffer more than others: the first two that are ALIKE are believed, else all, if they are not
-        further than APART.
+        make some calls suffer more than others: the first two that are ALIKE are believed, unless they are CLOSE to
+        what may be asked for, else all, if they are not further than APART.
         """
         names = [" ".join(alternative) for alternative in alternatives]
         launches = not self._quiet_us(names, bool(_fusing(site, alternatives)))
         if site.device_type != "cpu":
             return race(site, alternatives, self.ops, launches=launches)
-        opinions = [calibrated] if calibrated else []
+        opinions, waits = [calibrated] if calibrated else [], []
         for left in reversed(range(TRIES)):
             start, before = time.perf_counter(), waited_s()
             times = race(site, alternatives, self.ops, launches=launches)
-            waited = (waited_s() - before) / max(BUDGET_S, time.perf_counter() - start)
-            if waited < MOST_WAITED:
+            waits.append((waited_s() - before) / max(BUDGET_S, time.perf_counter() - start))
+            if waits[-1] < MOST_WAITED:
                 alike = [other for other in opinions if _apart(times, other) < ALIKE]
-                if alike:
+                if alike and not _is_close(averaged([times, alike[0]])):
                     return averaged([times, alike[0]])
                 opinions.append(times)
-            if left and (waited >= MOST_WAITED or len(opinions) > 1):
+            if left and (waits[-1] >= MOST_WAITED or len(opinions) > 1):
                 time.sleep(PAUSE_S)
-        if waited >= MOST_WAITED:
-            return f"the CPU is busy: threads waited for it {waited:.0%} of the time"
+        if len(opinions) < 2 or min(waits) >= MOST_WAITED:
+            return f"the CPU is busy: threads waited for it {max(waits):.0%} of the time"
         most = max(_apart(one, other) for one in opinions for other in opinions)
         return averaged(opinions) if most < APART else f"the CPU is busy: two measurements are {most:.1f} times apart"
 
@@ -294,6 +296,11 @@ def _apart(one: Mapping[str, Time], other: Mapping[str, Time]) -> float:
     """By which factor two opinions of what is faster than SDPA differ at most, however fast the machine was."""
     ratios = [times.device / other[name].device for name, times in one.items()]
     return max(ratios) / min(ratios)
+
+
+def _is_close(times: Mapping[str, Time]) -> bool:
+    low, high = CLOSE
+    return any(low < times[SDPA].device / time.device < high for name, time in times.items() if name != SDPA)
 
 
 def _calibrated(

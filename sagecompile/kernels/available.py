@@ -21,7 +21,8 @@ from sagecompile.formats import FORMATS, PROVIDERS, beats, fuses
 from sagecompile.site import AttentionSite, Device
 from sagecompile.site import Prologue as Made
 
-from . import compiler, launcher
+from . import launcher
+from .hopper import relaunch
 from .prologue import Prologue, example
 
 logger = logging.getLogger("sagecompile")
@@ -46,7 +47,7 @@ def device(name: str) -> Device:
 @cache
 def _cuda_device(device: torch.device) -> Device:
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return Device("cuda", name, capability, slow_launches=compiler.why_none() is not None)
+    return Device("cuda", name, capability, slow_launches=relaunch.why_not() is not None)
 
 
 @cache

@@ -83,9 +83,29 @@ P = ParamSpec("P")
 
 
 def in_background(job: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> Future[T]:
-    """Have a thread do it, as compilers run outside of Python."""
-    _begun.append(_threads.submit(job, *arguments, **named))
-    return _begun[-1]
+    """Have a thread do it, as compilers run outside of Python; done at once where there can be no more threads."""
+    try:
+        begun = _threads.submit(job, *arguments, **named)
+    except RuntimeError:  # the interpreter is about to end, or the system has too many
+        begun = Future()
+        try:
+            begun.set_result(job(*arguments, **named))
+        except Exception as error:
+            begun.set_exception(error)
+    _begun.append(begun)
+    return begun
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and what they were at is begun again."""
+    global _threads
+    _threads = ThreadPoolExecutor(8, "sagecompile")
+    _begun.clear()
+    for library in _libraries:
+        library.forget_what_is_unfinished()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def settle() -> None:
@@ -114,6 +134,12 @@ class Background:
                 self._building = self._building or in_background(self._build)
             self.load_if_built()
         return self._loaded
+
+    def forget_what_is_unfinished(self) -> None:
+        """In a child of the process that built it."""
+        self._lock = threading.Lock()
+        if self._building is not None and not self._building.done():
+            self._building = None
 
     def load_if_built(self) -> None:
         """Nothing where nobody has asked for it."""

@@ -117,7 +117,7 @@ def test_doctor(capsys):
 
 def test_doctor_says_what_slow_launches_need(capsys, monkeypatch):
     monkeypatch.setattr(available, "device", lambda name: Device("cpu", "some CPU", slow_launches=True))
-    monkeypatch.setattr("sagecompile.kernels.compiler.why_none", lambda: "no C++ compiler: needs g++")
+    monkeypatch.setattr("sagecompile.kernels.hopper.relaunch.why_not", lambda: "no C++ compiler: needs g++")
     assert main(["doctor"]) == 0
     assert "no C++ compiler: needs g++: Python launches each kernel" in capsys.readouterr().out
 

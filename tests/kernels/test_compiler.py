@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -54,7 +57,9 @@ def test_what_nobody_asked_for_is_not_built():
     assert building.builds == 0
 
 
-@pytest.mark.parametrize("failure", [UnsupportedError("no compiler"), OSError("no such library")])
+@pytest.mark.parametrize(
+    "failure", [UnsupportedError("no compiler"), OSError("no such library"), AttributeError("no such function")]
+)
 def test_without_it_the_reason_is_said_once(caplog, failure):
     building = Building(failure)
     library = Background(building.build, building.load, "ten times as slow")
@@ -94,8 +99,55 @@ def test_settled_is_what_was_begun_too():
     assert begun.done()
 
 
-def test_the_libraries_of_both_devices_are_such():
-    from sagecompile.kernels.cpu.build import OPS_LIBRARY
-    from sagecompile.kernels.hopper.relaunch import LIBRARY
+def test_many_threads_get_their_own():
+    def same(number: int) -> int:
+        return number
 
-    assert isinstance(OPS_LIBRARY, Background) and isinstance(LIBRARY, Background)
+    found = {}
+
+    def ask(number: int) -> None:
+        for i in range(50):
+            found[number, i] = compiler.in_background(same, 50 * number + i).result()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 400 and all(value == 50 * number + i for (number, i), value in found.items())
+
+
+def test_where_there_are_no_more_threads_it_is_done_at_once(monkeypatch):
+    class Full:
+        def submit(self, *_: object, **__: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(compiler, "_threads", Full())
+    building = Building()
+    building.may_end.set()
+    library = Background(building.build, building.load, "slower")
+    assert library.now() == "loaded library.so"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_builds_again_what_its_parent_was_at():
+    """And what nobody has begun: the parent's threads are not there."""
+    code = """
+import os, threading
+from pathlib import Path
+from sagecompile.kernels import compiler
+may_end = threading.Event()
+unfinished = compiler.Background(lambda: may_end.wait() and Path("first.so"), str, "slower")
+later = compiler.Background(lambda: Path("later.so"), str, "slower")
+compiler.in_background(int).result()
+unfinished.now()
+child = os.fork()
+may_end.set()
+assert not child or os.waitpid(child, 0)[1] == 0
+unfinished.now(), later.now()
+compiler.settle()
+print(unfinished.now(), later.now(), flush=True)
+os._exit(0) if not child else None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["first.so", "later.so"] * 2, done.stderr

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from sagecompile.errors import UnsupportedError
-from sagecompile.kernels import cpu
+from sagecompile.kernels import compiler, cpu
 from sagecompile.kernels.cpu import build
 from tests.support import ACCURATE, TOLERANCE, exact_attention, relative_error
 
@@ -253,19 +254,31 @@ def test_steep_scores(gain, dtype):
 def test_far_apart_scores_take_no_longer():
     """Weights below 2^-126 are as many as the others here; each product with one would take a hundred times as long."""
     q, k, v = inputs(batch=2, q_heads=8, kv_heads=8, q_len=512, kv_len=512, dim=64)
-
-    def fastest_s(q):
-        out, times = torch.empty_like(q), []
-        for _ in range(12):
-            start = time.perf_counter()
-            cpu.attention(q, k, v, out, scale=0.125, is_causal=False, format=ACCURATE)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    near = fastest_s(q)
-    for gain in (16.0, 40.0):
-        assert fastest_s(gain * q) < 2.5 * near
+    gains, out = (1.0, 16.0, 40.0), torch.empty_like(q)
+    times = {gain: [] for gain in gains}
+    attend(q, k, v)
+    compiler.settle()
+    for _, gain in product(range(12), gains):
+        start = time.perf_counter()
+        cpu.attention(gain * q, k, v, out, scale=0.125, is_causal=False, format=ACCURATE)
+        times[gain].append(time.perf_counter() - start)
+    assert min(times[16.0]) < 2.5 * min(times[1.0]) and min(times[40.0]) < 2.5 * min(times[1.0])
+    for gain in gains:
         assert relative_error(attend(gain * q, k, v), exact_attention(gain * q, k, v)) < 0.2
+
+
+@HERE
+def test_without_its_ops_python_calls_the_kernel(monkeypatch, caplog):
+    def refuse():
+        raise UnsupportedError("no headers")
+
+    library = compiler.Background(refuse, None, "each attention of a CPU takes longer")
+    monkeypatch.setattr(cpu, "OPS_LIBRARY", library)
+    q, k, v = inputs()
+    for _ in range(2):
+        assert relative_error(attend(q, k, v), exact_attention(q, k, v)) <= TOLERANCE[ACCURATE]
+        compiler.settle()
+    assert library.now() is None and caplog.text.count("takes longer: no headers") == 1
 
 
 @HERE

@@ -402,16 +402,19 @@ def test_what_was_begun_is_compiled_once_and_beside_others(driver, folder, monke
         return b"image"
 
     monkeypatch.setattr(runtime, "compile_cubin", compile)
+    monkeypatch.setattr(runtime, "_version", lambda: (13, 0))
     first, second = probe_source(), probe_source()._replace(defines=(("FACTOR", 3),))
     assert runtime.begin(first) is runtime.begin(first) is not runtime.begin(second)
     assert runtime.kernel(first, device=0) is not runtime.kernel(second, device=0)
 
 
-def test_what_cannot_be_compiled_says_so_each_time(driver, folder):
-    absent = probe_source()._replace(file="absent.cu")
+def test_what_could_not_be_compiled_is_tried_again(driver, compiled, folder):
+    later = probe_source()._replace(file="later.cu")
     for _ in "ab":
         with pytest.raises(FileNotFoundError):
-            runtime.kernel(absent, device=0)
+            runtime.kernel(later, device=0)
+    (folder / "later.cu").write_text(PROBE)
+    assert runtime.kernel(later, device=0) is runtime.kernel(later, device=0) and len(compiled) == 1
 
 
 def test_missing_driver_is_the_reason(monkeypatch):

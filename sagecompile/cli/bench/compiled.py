@@ -62,9 +62,11 @@ def compile_each(
             call = compiled_apart(module, inputs, how)
             start = time.perf_counter()
             with fresh_cache():
-                call()
-                compile_s = time.perf_counter() - start
-                ops.settle()  # while there is a folder for what is built in the background
+                try:
+                    call()
+                    compile_s = time.perf_counter() - start
+                finally:
+                    ops.settle()  # while there is a folder for what is built in the background
             report = None if name == BASELINE else sum(reports, start=Report(graphs=0))
             if report and name != AUTO and not report.used:
                 say(name, f"left out: {report.summary()}")

@@ -508,7 +508,9 @@ INLINE __m512 weigh(const float* scores, const float* units, float top, int keys
 INLINE void soften(Tile& tile, Block& block, int row, const float* k_scales, int keys) {
     const __m512 before = _mm512_loadu_ps(block.top + row);
     for (int r = 0; r < ROWS; ++r) {
-        for (int b = 0; b < keys / K_BLOCK; ++b) tile.units[r][b] = std::max(block.factor[row + r] * k_scales[b], FLT_MIN);
+        for (int b = 0; b < keys / K_BLOCK; ++b) {
+            tile.units[r][b] = std::max(block.factor[row + r] * k_scales[b], FLT_MIN);
+        }
         float& top = block.top[row + r];
         top = std::max(top, highest(tile.scores[r], tile.units[r], keys));
     }

@@ -24,7 +24,7 @@ import torch
 from sagecompile.kernels import compiler
 
 from .parameters import Tables, places
-from .runtime import DRIVER, Kernel, parameter_sizes
+from .runtime import DRIVER, Kernel, parameter_sizes, tells_parameters
 
 logger = logging.getLogger("sagecompile")
 
@@ -138,6 +138,12 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
 @cache
 def _say_that_python_launches(why: str) -> None:
     logger.warning("%s: %s", _BY_PYTHON, why)
+
+
+@cache
+def why_not() -> str | None:
+    """Why Python will launch everything, or None if C++ can, as far as can be said without building it."""
+    return compiler.why_none() or (None if tells_parameters() else "the NVIDIA driver is older than CUDA 12.4's")
 
 
 def build(*flags: str) -> Path:

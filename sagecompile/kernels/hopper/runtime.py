@@ -168,12 +168,17 @@ _lock = threading.Lock()
 
 
 def begin(source: Source) -> Future[bytes]:
-    """Compile in a thread what `kernel` will be asked for, while others are compiled, too, or Triton is at work."""
+    """Compile in a thread what `kernel` will be asked for, while others are compiled, too, or Triton is at work.
+
+    UnsupportedError without NVRTC.
+    """
+    _version()
     what = source.file, source.defines
     with _lock:
-        if what not in _compiling:
-            _compiling[what] = in_background(compile_cubin, *what)
-        return _compiling[what]
+        known = _compiling.get(what)
+        if known is None or (known.done() and known.exception() is not None):  # what failed is tried again
+            known = _compiling[what] = in_background(compile_cubin, *what)
+        return known
 
 
 @cache
@@ -300,6 +305,14 @@ def _driver() -> Any:
     driver.cuLaunchKernelEx.argtypes = (c_void_p,) * 4
     driver.cuInit(0)
     return driver
+
+
+def tells_parameters() -> bool:
+    """Whether there is a driver that has `parameter_sizes`: of CUDA 12.4 or newer."""
+    try:
+        return hasattr(_driver(), "cuFuncGetParamInfo")
+    except UnsupportedError:
+        return False
 
 
 def parameter_sizes(function: int) -> list[int]:

@@ -142,11 +142,8 @@ def _weights(W, columns, head_dim, NORM: tl.constexpr):
     return tl.load(W + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
 
 
-_SIZES = ["tiles", "q_heads", "group", "q_len", "kv_len", "ahead", "head_dim"]
-_STRIDES = [f"stride_{of}" for of in ("qb", "qh", "kb", "kh", "vb", "vh", "ob", "oh", "qtb", "qtn", "ktb", "ktn")]
-
-
-@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])  # one is built for all shapes: loads need n's and d's strides alone
+# One is built for nearly all shapes; strides and head_dim are multiples of 16, which whole vectors need to know.
+@triton.jit(do_not_specialize=["tiles", "q_heads", "group", "q_len", "kv_len", "ahead"])
 def _attend_flagged(
     Q, K, V, OUT, FLAGS, tiles, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
