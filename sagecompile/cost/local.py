@@ -83,9 +83,9 @@ class Local:
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
             before, after = Time(*sdpa), Time(*ours)
-            quiet_us = self._quiet_us([name], bool(fusing))
+            quiet_us = self._quiet_us(name, bool(fusing))
             if quiet_us:
-                before, after = before._replace(launch=quiet_us[SDPA]), after._replace(launch=quiet_us[name])
+                before, after = before._replace(launch=quiet_us[0]), after._replace(launch=quiet_us[1])
             elif site.device_type == "cuda" and not (before.launch or self.cuda_graphs):
                 continue  # there was a profile then
             if alternatives[name] in fusing:
@@ -94,15 +94,15 @@ class Local:
             predictions[alternatives[name]] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
 
-    def _quiet_us(self, names: Iterable[str], fused: bool) -> dict[str, float]:
-        """What the device's profile says of launches, of SDPA's too; nothing where it does not know all of them, or is
+    def _quiet_us(self, name: str, fused: bool) -> tuple[float, float] | None:
+        """What the device's profile says of launches, of SDPA's and this one's; None where it does not know both, or is
         of hosts with faster ones.
         """
         profile = profiles().get(str(self.machine["device"]))
         if profile is None or (self.machine.get("slow_launches") and not profile.is_own):
-            return {}
-        found = {name: profile.launch(name, fused) for name in (SDPA, *names)}
-        return {name: us for name, us in found.items() if us} if all(found.values()) else {}
+            return None
+        sdpa, other = profile.launch(SDPA, fused), profile.launch(name, fused)
+        return (sdpa, other) if sdpa and other else None
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
@@ -152,8 +152,8 @@ class Local:
         make some calls suffer more than others: the first two that are ALIKE are believed, unless they are CLOSE to
         what may be asked for, else all, if they are not further than APART.
         """
-        names = [" ".join(alternative) for alternative in alternatives]
-        launches = not self._quiet_us(names, bool(_fusing(site, alternatives)))
+        fused = bool(_fusing(site, alternatives))
+        launches = not all(self._quiet_us(" ".join(alternative), fused) for alternative in alternatives)
         if site.device_type != "cpu":
             return race(site, alternatives, self.ops, launches=launches)
         opinions, waits = [calibrated] if calibrated else [], []
@@ -162,13 +162,13 @@ class Local:
             times = race(site, alternatives, self.ops, launches=launches)
             waits.append((waited_s() - before) / max(BUDGET_S, time.perf_counter() - start))
             if waits[-1] < MOST_WAITED:
-                alike = [other for other in opinions if _apart(times, other) < ALIKE]
-                if alike and not _is_close(averaged([times, alike[0]])):
-                    return averaged([times, alike[0]])
+                alike = next((other for other in opinions if _apart(times, other) < ALIKE), None)
+                if alike is not None and not _is_close(both := averaged([times, alike])):
+                    return both
                 opinions.append(times)
             if left and (waits[-1] >= MOST_WAITED or len(opinions) > 1):
                 time.sleep(PAUSE_S)
-        if len(opinions) < 2 or min(waits) >= MOST_WAITED:
+        if len(opinions) < 2:
             return f"the CPU is busy: threads waited for it {max(waits):.0%} of the time"
         most = max(_apart(one, other) for one in opinions for other in opinions)
         return averaged(opinions) if most < APART else f"the CPU is busy: two measurements are {most:.1f} times apart"

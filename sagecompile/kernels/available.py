@@ -22,7 +22,6 @@ from sagecompile.site import AttentionSite, Device
 from sagecompile.site import Prologue as Made
 
 from . import launcher
-from .hopper import relaunch
 from .prologue import Prologue, example
 
 logger = logging.getLogger("sagecompile")
@@ -46,6 +45,8 @@ def device(name: str) -> Device:
 
 @cache
 def _cuda_device(device: torch.device) -> Device:
+    from .hopper import relaunch  # late: a CPU needs none of it
+
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     return Device("cuda", name, capability, slow_launches=relaunch.why_not() is not None)
 

@@ -333,7 +333,7 @@ class TestLaunches:
         monkeypatch.setattr(hopper, "_check_limits", lambda q, k: None)
         monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
         monkeypatch.setattr(hopper, "kernel", lambda source, device: Kernel())
-        monkeypatch.setattr(hopper, "_begin", lambda *_: [])
+        monkeypatch.setattr(hopper, "_begin_all", lambda *_: [])
         monkeypatch.setattr(exact, "recompute_flagged", recompute)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         return found
@@ -403,7 +403,7 @@ class TestLaunches:
 def test_a_first_call_has_all_formats_compiled_at_once(monkeypatch):
     begun = []
     monkeypatch.setattr(hopper, "begin", begun.append)
-    hopper._begin.__wrapped__(64, torch.bfloat16, True, NO_PROLOGUE, NORM_AND_ROPE)
+    hopper._begin_all.__wrapped__(64, torch.bfloat16, True, NO_PROLOGUE, NORM_AND_ROPE)
     kernels = {(source.file, dict(source.defines)["FP8"], dict(source.defines)["ROPE"]) for source in begun}
     assert kernels == {("quantize.cu", fp8, 1) for fp8 in (False, True)} | {
         ("attention.cu", fp8, 0) for fp8 in (False, True)

@@ -87,7 +87,7 @@ def attention(
     ahead, variant = min(causal_offset, k.shape[2]), variant_of(q.shape[3], q.dtype, format)
     with torch.cuda.device_of(q):
         q_prepared, k_prepared = prepare(q_prologue, q, variant), prepare(k_prologue, k, variant)
-        building = _begin(q.shape[3], q.dtype, is_causal, q_prepared.defines, k_prepared.defines)
+        building = _begin_all(q.shape[3], q.dtype, is_causal, q_prepared.defines, k_prepared.defines)
         if not all(one.done() for one in building):  # meanwhile Triton can build in this thread
             _exact(q, k, v, out, None, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue)
         quantized = _quantize(k, v, k_prepared, format)
@@ -132,7 +132,7 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
     tiles = torch.empty(tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
     count = tiles.shape[0] * tiles.shape[1]
     index = k.device.index
-    quantize = kernel(_quantize_source(variant, prepared.defines), index)
+    loaded = kernel(_quantize_source(variant, prepared.defines), index)
     most = 2 * _multiprocessors(index)
     k_blocks = min(count, round(most * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
     parameters = QuantizeParameters(
@@ -140,8 +140,8 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
         heads, length, head_dim, tiles.shape[1], count, k_blocks,
     )  # fmt: skip
     blocks = k_blocks + min(count, most - k_blocks)
-    quantize(blocks, parameters, torch.cuda.current_stream(index).cuda_stream)
-    return _Launched(quantize, blocks, parameters, tiles)
+    loaded(blocks, parameters, torch.cuda.current_stream(index).cuda_stream)
+    return _Launched(loaded, blocks, parameters, tiles)
 
 
 def attend(
@@ -192,9 +192,9 @@ def _attend(
         *cut, tiles.shape[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
-    attend = kernel(_attend_source(variant, is_causal, prepared.defines), index)
-    attend(blocks, parameters, torch.cuda.current_stream(index).cuda_stream, overlap=overlap)
-    return _Launched(attend, blocks, parameters, flags)
+    loaded = kernel(_attend_source(variant, is_causal, prepared.defines), index)
+    loaded(blocks, parameters, torch.cuda.current_stream(index).cuda_stream, overlap=overlap)
+    return _Launched(loaded, blocks, parameters, flags)
 
 
 def _exact(
@@ -229,7 +229,7 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 @cache
-def _begin(
+def _begin_all(
     head_dim: int, dtype: torch.dtype, is_causal: bool, q_defines: Defines, k_defines: Defines
 ) -> list[Future[bytes]]:
     """Have threads compile what a call needs, in all formats: what may run in one is often raced in the others, too."""
