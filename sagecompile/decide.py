@@ -186,9 +186,9 @@ def _speedup(use: Use) -> float:
 
 
 def _wins(use: Use, settings: Settings) -> bool:
-    """A measured loss wins nothing, however little of it there is."""
+    """A measured loss wins nothing, however little of it there is. What fusing saves is in part the profile's."""
     wanted = settings.min_speedup
-    if use.prediction and use.prediction.measured:
+    if use.prediction and use.prediction.measured and not use.fused:
         wanted = max(wanted / NOISE, min(wanted, 1.0))
     return _speedup(use) >= wanted
 

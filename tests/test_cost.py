@@ -334,10 +334,18 @@ def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("|"))
     calls = {"a": lambda: call("a", [0, 0, 0.003]), "b": lambda: call("b", [0.003, 0.003, 0.001])}
-    found = timer._launches_us(calls)
-    rounds = "".join(ran).removesuffix("|").split("|")[1:]
-    assert rounds == ["a", "b"] * (len(rounds) // 2) and timer.LEAST_LAUNCHES <= len(rounds) // 2 <= timer.MOST_LAUNCHES
+    found = timer._launches_us(calls, ["a", "b"])
+    planned, *rounds = "".join(ran).removesuffix("|").split("|")
+    assert (
+        planned == "aabb"
+        and rounds == ["a", "b"] * (len(rounds) // 2)
+        and timer.LEAST_LAUNCHES <= len(rounds) // 2 <= timer.MOST_LAUNCHES
+    )
     assert found["a"] >= 3000 > found["b"] >= 1000
+    ran.clear()
+    assert timer._launches_us(calls, ["a"])["b"] == 0 and ran.count("b") == 2 < ran.count("a")
+    ran.clear()
+    assert timer._launches_us(calls, []) == {"a": 0, "b": 0} and "".join(ran) == "aabb|"
 
 
 @pytest.mark.parametrize(
@@ -349,8 +357,8 @@ def test_launches_are_timed_in_turn_and_the_fastest_counts(monkeypatch):
     ],
 )
 def test_a_slower_device_is_not_chosen_for_the_launches_of_a_slow_host(sdpa, ours, captured, launched, here):
-    assert speedup((sdpa, ours), cuda_graphs=True, any_host=True) == pytest.approx(captured)
-    assert speedup((sdpa, ours), cuda_graphs=False, any_host=True) == pytest.approx(launched)
+    assert speedup((sdpa, ours), cuda_graphs=True, fastest_host=2 / 3) == pytest.approx(captured)
+    assert speedup((sdpa, ours), cuda_graphs=False, fastest_host=2 / 3) == pytest.approx(launched)
     assert speedup((sdpa, ours), cuda_graphs=False) == pytest.approx(here)
 
 

@@ -10,7 +10,7 @@ from sagecompile import decide as module
 from sagecompile.cost import Prediction
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.settings import Settings
-from sagecompile.site import AttentionSite, Device
+from sagecompile.site import AttentionSite, Device, Prologue
 
 SITE = AttentionSite(
     *("model.layers.0", "model.py:1", "sdpa"), 2, 16, 16, 4096, 4096, 128, 128, "bfloat16", "cuda:0", is_causal=True
@@ -267,6 +267,19 @@ def test_what_is_measured_may_miss_min_speedup_by_its_noise(monkeypatch, speedup
     monkeypatch.setattr(module, "predict", lambda *_: Prediction(speedup, "here", measured=measured))
     asked = Settings(formats=("qk_int8_pv_fp8",), min_speedup=asked)
     assert isinstance(decide(SITE, H200, asked, runs), Use) == used
+
+
+def test_what_fusing_saves_is_not_all_measured(monkeypatch):
+    """And gets no discount for the noise of a measurement."""
+    made = (Prologue(rope="half", table="float32"),) * 2
+    site, asked = replace(SITE, prologues=made), Settings(formats=("qk_int8_pv_fp8",))
+    for speedup, used in ((1.04, False), (1.06, True)):
+
+        def measured(site, format, provider, *_, speedup=speedup):
+            return Prediction(speedup, "here", measured=True) if provider == "hopper" else None
+
+        monkeypatch.setattr(module, "predict", measured)
+        assert isinstance(decide(site, H200, asked, runs), Use) == used
 
 
 def test_auto_asks_for_min_speedup(monkeypatch):

@@ -104,7 +104,21 @@ class TestMeasure:
         profile = Profile("some CPU", "2026-11-22", (), {"sdpa": 300.0, "qk_int8_pv_fp16 cpu": 200.0}, source=source)
         monkeypatch.setattr(local, "profiles", lambda: {"some CPU": profile})
         (found,) = machine(cuda_graphs=False).measure(SITE, unpredicted(ACCURATE)).values()
-        assert found.speedup == pytest.approx(speedup) and races[0][-1] is False
+        assert found.speedup == pytest.approx(speedup) and races[0][-1] == (() if source != SHIPPED else ("sdpa",))
+
+    def test_launches_of_this_host_are_seen_by_those_of_sdpa(self, races, monkeypatch):
+        """By a shipped profile: ours wins if its 200 us of launch count, and not on a host twice as fast."""
+        profile = Profile("some CPU", "2026-11-22", (), {"sdpa": 300.0, "qk_int8_pv_fp16 cpu": 200.0})
+        monkeypatch.setattr(local, "profiles", lambda: {"some CPU": profile})
+        monkeypatch.setitem(TIMES, ACCURATE, Time(250.0))
+        speedups = []
+        for length, launch_us in enumerate((600.0, 270.0, 300.0, 150.0, *[270.0] * 7), start=90):
+            monkeypatch.setitem(TIMES, "sdpa", Time(100.0, launch_us))
+            machine(cuda_graphs=False).measure(replace(SITE, q_len=length), unpredicted(ACCURATE))
+            forget(monkeypatch)
+            speedups.append(machine(cuda_graphs=False).recall(replace(SITE, q_len=90))[ACCURATE].speedup)
+        wanted = [300 / 250, 270 / 250, 270 / 250, *[150 / 250] * 6, *[270 / 250] * 2]  # of ten the second
+        assert speedups == pytest.approx(wanted) and store.count({"device": "some CPU"}) == len(wanted)
 
     @pytest.mark.parametrize(
         ("known", "machine_facts"),
@@ -115,7 +129,7 @@ class TestMeasure:
         profile = Profile("some CPU", "2026-11-22", (), known)
         monkeypatch.setattr(local, "profiles", lambda: {"some CPU": profile})
         (found,) = machine(cuda_graphs=False, **machine_facts).measure(SITE, unpredicted(ACCURATE)).values()
-        assert found.speedup == pytest.approx(1.5) and races[0][-1] is True
+        assert found.speedup == pytest.approx(1.5) and races[0][-1] is None
 
     def test_a_race_without_launches_says_nothing_without_the_profile(self, races, monkeypatch):
         monkeypatch.setitem(TIMES, "sdpa", Time(300.0))

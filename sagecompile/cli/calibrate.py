@@ -179,7 +179,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
         found = store.recall(key)
         if found is None:
             try:
-                launches = which % LAUNCHES_EVERY == 0 or one.prologues is not None
+                launches = None if which % LAUNCHES_EVERY == 0 or one.prologues is not None else ()
                 found = dict(race(one, runners, ops, grid.budget_s, launches))
             except (torch.OutOfMemoryError, MemoryError):
                 print(f"\n{one.shape} left out: no memory", file=sys.stderr)

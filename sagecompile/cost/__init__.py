@@ -129,7 +129,7 @@ def predict(
         times = profile.times(family, alternative, heads, site.q_len, making) if site.q_len == site.kv_len else None
         if times is None:
             return None
-        sdpa, ours = counted_us(times, cuda_graphs, any_host=not profile.is_own)
+        sdpa, ours = counted_us(times, cuda_graphs, profile.fastest_host)
         found = sdpa / ours
         made = " with what makes q and k" if making and known else ""
         basis = f"{_shown(ours)} against {_shown(sdpa)}{made}, {when}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,7 @@ from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, beyond_a_copy_us, profiles, store
-from .profile import Time, averaged, speedup
+from .profile import FASTER_HOST, Time, averaged, of_quiet_hosts, speedup
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
 
@@ -44,6 +44,8 @@ ALIKE, APART = 1.1, 1.5
 """What two measurements of a speed-up on a CPU may differ by to be believed, and beyond which none is."""
 CLOSE = 0.9, 1.2
 """A speed-up in between is worth all tries."""
+MOST_SEEN = 100
+"""How many races it is remembered of how long launches took in them."""
 
 
 class Ops(Protocol):
@@ -71,26 +73,25 @@ class Local:
     def recall(self, site: AttentionSite) -> dict[Alternative, Prediction]:
         """What was measured of such a site before, here or in another process.
 
-        Launches count as the device's profile has them, which are those of a quiet host, else as they were raced. But
-        for a profile of this very machine, what wins must win on a faster host, too.
+        Launches count as the device's profile has them, which are those of a quiet host, else as they were raced. What
+        wins must win on the fastest host that this one may be, too.
         """
         found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
         if found is None:
             return {}
         device, alternatives = str(self.machine["device"]), {name: _split(name) for name in found["times"]}
         fusing = _fusing(site, alternatives.values())
-        profile = profiles().get(device)
         predictions = {}
         for name, (sdpa, ours, heads, shape, date) in found["times"].items():
             before, after = Time(*sdpa), Time(*ours)
             quiet_us = self._quiet_us(name, bool(fusing))
             if quiet_us:
                 before, after = before._replace(launch=quiet_us[0]), after._replace(launch=quiet_us[1])
-            elif site.device_type == "cuda" and not (before.launch or self.cuda_graphs):
+            elif site.device_type == "cuda" and not (after.launch or self.cuda_graphs):
                 continue  # there was a profile then
             if alternatives[name] in fusing:
                 before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
-            faster = speedup((before, after), self.cuda_graphs, any_host=profile is None or not profile.is_own)
+            faster = speedup((before, after), self.cuda_graphs, self._fastest_host())
             predictions[alternatives[name]] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
 
@@ -103,6 +104,24 @@ class Local:
             return None
         sdpa, other = profile.launch(SDPA, fused), profile.launch(name, fused)
         return (sdpa, other) if sdpa and other else None
+
+    def _fastest_host(self) -> float:
+        """Times what launches take by the device's profile: what they were seen to take here, if that is less."""
+        profile = profiles().get(str(self.machine["device"]))
+        if profile is None:
+            return FASTER_HOST
+        seen = None if profile.is_own else store.recall(self._host)
+        return min(1.0, of_quiet_hosts(seen["launches"])) if seen else profile.fastest_host
+
+    def _see_host(self, launches: float) -> None:
+        """Launches took so many times as long as by the profile."""
+        seen = store.recall(self._host) or {"launches": []}
+        store.remember(self._host, {"launches": [*seen["launches"], launches][-MOST_SEEN:]})
+
+    @property
+    def _host(self) -> dict[str, Any]:
+        """What is seen of it is kept under this key."""
+        return {"host of": dict(self.machine)}
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
@@ -139,6 +158,9 @@ class Local:
             return times
         where = smaller.batch * smaller.heads, smaller.shape, _today()
         raced = {name: (times[SDPA], ours, *where) for name, ours in times.items() if name != SDPA}
+        quiet_us = [self._quiet_us(name, bool(_fusing(smaller, predicted))) for name in raced]
+        if quiet_us[0] and times[SDPA].launch:
+            self._see_host(times[SDPA].launch / quiet_us[0][0])
         before = store.recall(self.key(site)) or {"times": {}}
         store.remember(self.key(site), {"times": before["times"] | raced})
         return self.recall(site)
@@ -152,8 +174,7 @@ class Local:
         make some calls suffer more than others: the first two that are ALIKE are believed, unless they are CLOSE to
         what may be asked for, else all, if they are not further than APART.
         """
-        fused = bool(_fusing(site, alternatives))
-        launches = not all(self._quiet_us(" ".join(alternative), fused) for alternative in alternatives)
+        launches = self._launches(site, alternatives)
         if site.device_type != "cpu":
             return race(site, alternatives, self.ops, launches=launches)
         opinions, waits = [calibrated] if calibrated else [], []
@@ -173,6 +194,13 @@ class Local:
         most = max(_apart(one, other) for one in opinions for other in opinions)
         return averaged(opinions) if most < APART else f"the CPU is busy: two measurements are {most:.1f} times apart"
 
+    def _launches(self, site: AttentionSite, alternatives: Sequence[Alternative]) -> Collection[str] | None:
+        """Whose are timed in a race: all (None) unless the profile has them; by another machine's, SDPA's."""
+        fused = bool(_fusing(site, alternatives))
+        if not all(self._quiet_us(" ".join(alternative), fused) for alternative in alternatives):
+            return None
+        return () if profiles()[str(self.machine["device"])].is_own else (SDPA,)
+
     def key(self, site: AttentionSite) -> dict[str, Any]:
         """What a measurement of such a site is kept under."""
         names = "batch heads kv_heads q_len kv_len head_dim dtype is_causal".split()
@@ -187,20 +215,20 @@ def race(
     alternatives: Sequence[Alternative],
     ops: Ops,
     budget_s: float = BUDGET_S,
-    launches: bool = True,
+    launches: Collection[str] | None = None,
 ) -> dict[str, Time]:
     """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`.
 
     Where one of them does the prologues of q and k, the others get what these make: written again by a copy, which
     moves the bytes that Inductor's kernels for them must. That is the least they take; `beyond_a_copy_us` is the rest.
-    `launches`: whether they are timed.
+    `launches`: whose are timed, by default all.
     """
     fusing = _fusing(site, alternatives)
     q, calls = _contestants(site, alternatives, fusing, ops)
     kept = _memory_at_hand(q) if site.device_type == "cpu" else None
     here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
     uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
-    if launches or site.device_type == "cpu":
+    if launches is None or site.device_type == "cpu":
         ops.settle()
     with here, torch.autocast(site.device_type, enabled=False):
         times = interleaved_times(calls, site.device_type, budget_s, uncaptured, launches)

@@ -105,6 +105,11 @@ class Profile:
         """Whether it was measured on this very machine."""
         return self.source != SHIPPED
 
+    @property
+    def fastest_host(self) -> float:
+        """Of those that it is used on: times what a launch takes by it."""
+        return 1.0 if self.is_own else FASTER_HOST
+
     @classmethod
     def read(cls, stored: Mapping[str, Any], source: str = SHIPPED) -> Profile:
         """From JSON; ValueError or KeyError where it is none of this schema."""
@@ -195,7 +200,9 @@ class Profile:
             lines = self._lines.get((family, alternative, kind), {})
             lengths = sorted({length for line in lines.values() for length in line.lengths})
             found = [(length, self.times(family, alternative, heads, length, making)) for length in lengths]
-            curves.append([(length, speedup(times, cuda_graphs, not self.is_own)) for length, times in found if times])
+            curves.append(
+                [(length, speedup(times, cuda_graphs, self.fastest_host)) for length, times in found if times]
+            )
         return [curve for curve in curves if curve]
 
 
@@ -226,15 +233,22 @@ def launched(name: str, fused: bool) -> str:
 def launches_us(measured: Iterable[tuple[bool, Mapping[str, Time]]]) -> dict[str, float]:
     """Microseconds of a quiet host, as `launched` names them, of races and whether they were fused ones.
 
-    No shape changes what a launch takes, but a host is at times half as fast as at others: the tenth part of the
-    races that had the fastest one tell what it can do, and are as fast a minute later.
+    No shape changes what a launch takes.
     """
     found: dict[str, list[float]] = {}
     for fused, times in measured:
         for name, (_, launch) in times.items():
             if launch > 0:
                 found.setdefault(launched(name, fused), []).append(launch)
-    return {name: sorted(us)[len(us) // 10] for name, us in sorted(found.items())}
+    return {name: of_quiet_hosts(us) for name, us in sorted(found.items())}
+
+
+def of_quiet_hosts(launches: Sequence[float]) -> float:
+    """Of what the same launch took in many races: a host is at times half as fast as at others.
+
+    The tenth part of the races that had the fastest one tell what it can do, and are as fast a minute later.
+    """
+    return sorted(launches)[len(launches) // 10]
 
 
 def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:
@@ -244,23 +258,22 @@ def _around(heads: int, known: Iterable[int]) -> tuple[int | None, int | None]:
 
 
 FASTER_HOST = 2 / 3
-"""Times what a launch took: on another host, or at a moment when it has less to do."""
+"""Times what a launch took: on a host that nobody timed, or at a moment when it has less to do."""
 
 
-def speedup(times: tuple[Time, Time], cuda_graphs: bool, any_host: bool = False) -> float:
-    """Of the second over the first; `any_host`: on the host that was measured or on a faster one, whichever is lower.
+def speedup(times: tuple[Time, Time], cuda_graphs: bool, fastest_host: float = 1.0) -> float:
+    """Of the second over the first, on the host that was measured or on the fastest, whichever is lower.
 
     So that a device that takes longer is not chosen for its launches alone, which another host would do as fast.
     """
-    sdpa, other = counted_us(times, cuda_graphs, any_host)
+    sdpa, other = counted_us(times, cuda_graphs, fastest_host)
     return sdpa / other
 
 
-def counted_us(times: tuple[Time, Time], cuda_graphs: bool, any_host: bool = False) -> tuple[float, float]:
+def counted_us(times: tuple[Time, Time], cuda_graphs: bool, fastest_host: float = 1.0) -> tuple[float, float]:
     """What each of the two takes on the host that a speed-up is of."""
     sdpa, other = times
-    hosts = (1.0, FASTER_HOST) if any_host else (1.0,)
-    on_hosts = ((sdpa.us(cuda_graphs, host), other.us(cuda_graphs, host)) for host in hosts)
+    on_hosts = ((sdpa.us(cuda_graphs, host), other.us(cuda_graphs, host)) for host in (1.0, fastest_host))
     return min(on_hosts, key=lambda us: us[0] / us[1])
 
 

@@ -25,7 +25,7 @@ REPLAY_US, MOST_CALLS = 1000.0, 64
 """A graph holds as many calls in a row as take about this long, at most that many: its launch is shared by them."""
 MOST_WAITED = 0.25
 """Seconds in one of `waited_s` on a CPU that is not busy: others at work show as a half or more, none as a tenth."""
-LEAST_LAUNCHES, MOST_LAUNCHES, LAUNCHES_S = 10, 17, 0.02
+LEAST_LAUNCHES, MOST_LAUNCHES, LAUNCHES_S = 8, 15, 0.02
 """How often a launch is timed, and about for how long."""
 
 
@@ -34,17 +34,18 @@ def interleaved_times(
     device_type: str,
     budget_s: float,
     uncaptured: Collection[str] = (),
-    launches: bool = True,
+    launches: Collection[str] | None = None,
 ) -> dict[str, Time]:
     """Of every call, at least three runs; on the current device, if that is a GPU.
 
-    `uncaptured`: what is never captured in a CUDA graph; its launch counts fully. `launches`: whether those are timed,
-    else they are 0. On a CPU the lower quartile stands for the median: what else runs there only slows.
+    `uncaptured`: what is never captured in a CUDA graph; its launch counts fully. `launches`: whose are timed, by
+    default all; those of others are 0. On a CPU the lower quartile stands for the median: what else runs there only
+    slows.
     """
     if device_type != "cuda":
         runs = _interleaved_us(calls, device_type, budget_s, least_runs=3, warm_ups=1)
         return {name: Time(sorted(us)[len(us) // 4]) for name, us in runs.items()}
-    hosts = _launches_us(calls) if launches else _without_launches(calls)
+    hosts = _launches_us(calls, calls if launches is None else launches)
     found = {name: Replays(call, 1, None) if name in uncaptured else replayed(call) for name, call in calls.items()}
     replays = {name: replayed.run for name, replayed in found.items()}
     times = interleaved_median_us(replays, device_type, budget_s, least_runs=3, warm_ups=1)
@@ -143,30 +144,25 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _launches_us(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def _launches_us(calls: Mapping[str, Callable[[], object]], timed: Collection[str]) -> dict[str, float]:
     """Of the host alone, each into an empty queue, in turn; the fastest, as what else it does only slows.
 
-    Not of the first two rounds, which may compile and plan.
+    All run twice before, which may compile and plan, and must have happened before a capture.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end, rounds = time.perf_counter() + LAUNCHES_S * len(calls), 0
-    while rounds < LEAST_LAUNCHES or (rounds < MOST_LAUNCHES and time.perf_counter() < end):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e6)
-        rounds += 1
-    torch.cuda.synchronize()
-    return {name: min(us[2:]) for name, us in times.items()}
-
-
-def _without_launches(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Only what must have happened before a capture."""
     for call in calls.values():
         for _ in range(2):
             call()
-    return dict.fromkeys(calls, 0.0)
+    times: dict[str, list[float]] = {name: [] for name in calls if name in timed}
+    end, rounds = time.perf_counter() + LAUNCHES_S * len(times), 0
+    while times and (rounds < LEAST_LAUNCHES or (rounds < MOST_LAUNCHES and time.perf_counter() < end)):
+        for name, found in times.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            found.append((time.perf_counter() - start) * 1e6)
+        rounds += 1
+    torch.cuda.synchronize()
+    return {name: min(times.get(name, [0.0])) for name in calls}
 
 
 def _one_run_us(call: Callable[[], object], device_type: str) -> float:

@@ -31,11 +31,11 @@ def copies_by_inductor(device: torch.device, prologue: Prologue, heads: int, tok
         calls[str(i)] = compiled_apart(make, inputs, {})
         with fresh_cache():
             calls[str(i)]()
-    copy, *compiled = (time.device for time in interleaved_times(calls, device.type, 0.05, launches=False).values())
+    copy, *compiled = (time.device for time in interleaved_times(calls, device.type, 0.05, launches=()).values())
     return max(1.0, min(compiled) / copy)
 
 
 def copy_us(device: torch.device, size: int) -> float:
     """Of so many bytes."""
     call = torch.zeros(size, dtype=torch.uint8, device=device).clone
-    return interleaved_times({"copy": call}, device.type, 0.01, launches=False)["copy"].device
+    return interleaved_times({"copy": call}, device.type, 0.01, launches=())["copy"].device
