@@ -29,6 +29,7 @@ from sagecompile.cost.profile import (
     launches_us,
     speedup,
     to_json,
+    without_stalls,
 )
 from sagecompile.cost.prologues import SDPA, Making, PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
@@ -379,12 +380,21 @@ def test_launches_are_those_of_a_quiet_host():
 def test_what_slows_all_for_a_while_keeps_the_ratio():
     races = [
         {SDPA: Time(100.0, 1.0), "a": Time(50.0, 2.0)},
-        {SDPA: Time(400.0, 3.0), "a": Time(200.0, 2.0)},
+        {SDPA: Time(225.0, 3.0), "a": Time(112.5, 2.0)},
         {"b": Time(7.0)},
     ]
     found = averaged(races)
-    assert {name: time.device for name, time in found.items()} == pytest.approx({SDPA: 200, "a": 100, "b": 7})
+    assert {name: time.device for name, time in found.items()} == pytest.approx({SDPA: 150, "a": 75, "b": 7})
     assert found[SDPA].launch == found["a"].launch == 2
+
+
+@pytest.mark.parametrize("which", [SDPA, "a"])
+def test_a_call_that_stood_still_does_not_count(which):
+    usual = {SDPA: Time(100.0), "a": Time(50.0)}
+    found = averaged([usual, usual | {which: Time(9000.0)}])
+    assert {name: time.device for name, time in found.items()} == pytest.approx({SDPA: 100, "a": 50})
+    both = [usual | {name: Time(9000.0)} for name in usual]
+    assert without_stalls(both) == both
 
 
 @pytest.mark.parametrize(("heads", "kv_share", "us"), [(1, 1, 2), (8, 1, 8), (4, 1, 4), (64, 1, 48), (8, 0.25, 5)])

@@ -23,7 +23,7 @@ from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, beyond_a_copy_us, profiles, store
-from .profile import FASTER_HOST, Time, averaged, of_quiet_hosts, speedup
+from .profile import FASTER_HOST, Time, averaged, of_quiet_hosts, speedup, without_stalls
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
 
@@ -172,7 +172,7 @@ class Local:
 
         Not those in which threads waited for a CPU. Others at work, on the same machine beyond what this one sees too,
         make some calls suffer more than others: the first two that are ALIKE are believed, unless they are CLOSE to
-        what may be asked for, else all, if they are not further than APART.
+        what may be asked for, else all without stalls, if they are not further than APART.
         """
         launches = self._launches(site, alternatives)
         if site.device_type != "cpu":
@@ -191,6 +191,8 @@ class Local:
                 time.sleep(PAUSE_S)
         if len(opinions) < 2:
             return f"the CPU is busy: threads waited for it {max(waits):.0%} of the time"
+        usual = without_stalls(opinions)
+        opinions = usual if len(usual) > 1 else opinions
         most = max(_apart(one, other) for one in opinions for other in opinions)
         return averaged(opinions) if most < APART else f"the CPU is busy: two measurements are {most:.1f} times apart"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, median_low
 from typing import Any, NamedTuple
 
 from .prologues import SDPA, Making, PrologueCosts
@@ -207,16 +207,32 @@ class Profile:
 
 
 def averaged(races: Sequence[Mapping[str, Time]]) -> dict[str, Time]:
-    """Geometric means by name, over races at different times.
+    """Geometric means by name, over races at different times, `without_stalls`.
 
     On a CPU others come and go, for seconds at a time, and what slows one call slows those in turn with it: the mean of
     all keeps them comparable, where the fastest of each would be those of different moments.
     """
-    found = {}
-    for name in dict.fromkeys(chain(*races)):
-        device, launch = zip(*(times[name] for times in races if name in times), strict=True)
+    found, usual = {}, without_stalls(races)
+    for name in dict.fromkeys(chain(*usual)):
+        device, launch = zip(*(times[name] for times in usual if name in times), strict=True)
         found[name] = Time(geometric_mean(device), fmean(launch))
     return found
+
+
+STALLED = 3.0
+
+
+def without_stalls(races: Sequence[Mapping[str, Time]]) -> list[Mapping[str, Time]]:
+    """But for those in which some call took STALLED times as long as it usually does; all, if none would be left.
+
+    On a CPU whose threads wait for each other a call of 100 us now and then takes 10 ms, as long as a race lasts.
+    """
+    usual = {
+        name: median_low(times[name].device for times in races if name in times)
+        for name in dict.fromkeys(chain(*races))
+    }
+    kept = [times for times in races if all(time.device < STALLED * usual[name] for name, time in times.items())]
+    return kept or list(races)
 
 
 def _kind(length: float) -> int:
