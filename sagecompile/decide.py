@@ -54,7 +54,7 @@ Decision = Use | Keep
 
 NOISE = 1.02
 """What two measurements of the same shape on the same machine may differ by: a measured speed-up that misses what is
-asked for by less does not miss it."""
+asked for by less does not miss it, unless the kernel fuses prologues, whose share is in part the profile's."""
 
 CanRun = Callable[[AttentionSite, str, str], str | None]
 """(site, format, provider) to None if that provider can run it, else the reason why not."""
@@ -148,7 +148,7 @@ def _fastest(
     runs: Callable[[Use], bool],
     local: Measures | None,
 ) -> Use | Keep | None:
-    """Of those that run the one with the largest speed-up of at least `min_speedup` (less NOISE where it was measured),
+    """Of those that run the one with the largest speed-up of at least `min_speedup` (see NOISE),
     the first of equal ones.
 
     Of what another candidate beats only a prediction is looked at. With `local`, what is not sure is measured first.
@@ -186,7 +186,7 @@ def _speedup(use: Use) -> float:
 
 
 def _wins(use: Use, settings: Settings) -> bool:
-    """A measured loss wins nothing, however little of it there is. What fusing saves is in part the profile's."""
+    """A measured loss wins nothing, however little of it there is."""
     wanted = settings.min_speedup
     if use.prediction and use.prediction.measured and not use.fused:
         wanted = max(wanted / NOISE, min(wanted, 1.0))

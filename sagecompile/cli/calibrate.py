@@ -176,7 +176,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
         progress(f"calibrating {name}", done, steps, from_before)
         one, runners = sites[which]
         key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
-        found = store.recall(key)
+        found = store.recall(key, lambda found: {name: Time(*us) for name, us in found.items()})
         if found is None:
             try:
                 launches = None if which % LAUNCHES_EVERY == 0 or one.prologues is not None else ()
@@ -187,7 +187,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
             store.remember(key, found)
         else:
             from_before += 1
-        races[which].append({alternative: Time(*us) for alternative, us in found.items()})
+        races[which].append(found)
     waited = (waited_s() - waited) / (time.perf_counter() - begun)
     progress(f"calibrating {name}", steps, steps, from_before)
     if device == "cpu" and waited > MOST_WAITED:
@@ -254,11 +254,11 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
     for made in PROLOGUES:
         print(f"calibrating Inductor's {made.kind}", file=sys.stderr)
         key = {"calibration": made.kind} | dict(measurements(str(device), cuda_graphs=False).machine)
-        known = store.recall(key)
-        if known is None:
-            known = {"copies": copies_by_inductor(device, made, *MADE[-1], max(GRIDS[device.type].head_dims))}
-            store.remember(key, known)
-        found[made.kind] = known["copies"]
+        copies = store.recall(key, lambda known: float(known["copies"]))
+        if copies is None:
+            copies = copies_by_inductor(device, made, *MADE[-1], max(GRIDS[device.type].head_dims))
+            store.remember(key, {"copies": copies})
+        found[made.kind] = copies
     return found
 
 

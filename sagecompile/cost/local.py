@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, profiles, store
-from .profile import FASTER_HOST, Time, averaged, of_quiet_hosts, speedup, without_stalls
+from . import Alternative, Prediction, beyond_a_copy_us, host, profiles, store
+from .profile import FASTER_HOST, Profile, Time, averaged, speedup, without_stalls
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
 
@@ -44,8 +44,6 @@ ALIKE, APART = 1.1, 1.5
 """What two measurements of a speed-up on a CPU may differ by to be believed, and beyond which none is."""
 CLOSE = 0.9, 1.2
 """A speed-up in between is worth all tries."""
-MOST_SEEN = 100
-"""How many races it is remembered of how long launches took in them."""
 
 
 class Ops(Protocol):
@@ -56,6 +54,19 @@ class Ops(Protocol):
 
     def settle(self) -> None:
         """Wait until calls are what they will be from then on."""
+
+
+class Raced(NamedTuple):
+    """An alternative and SDPA, side by side."""
+
+    sdpa: Time
+    ours: Time
+    heads: int
+    """In all, as many as were raced."""
+    shape: str
+    date: str
+    fastest_host: float | None
+    """Times what launches take by a shipped profile, as far as it was seen by then."""
 
 
 @dataclass(frozen=True)
@@ -76,52 +87,44 @@ class Local:
         Launches count as the device's profile has them, which are those of a quiet host, else as they were raced. What
         wins must win on the fastest host that this one may be, too.
         """
-        found = store.recall(self.key(site)) if _has_fixed_sizes(site) else None
-        if found is None:
-            return {}
-        device, alternatives = str(self.machine["device"]), {name: _split(name) for name in found["times"]}
-        fusing = _fusing(site, alternatives.values())
+        found = store.recall(self.key(site), _read) if _has_fixed_sizes(site) else None
+        profile, fusing = self._profile, _fusing(site, found or ())
         predictions = {}
-        for name, (sdpa, ours, heads, shape, date) in found["times"].items():
-            before, after = Time(*sdpa), Time(*ours)
-            quiet_us = self._quiet_us(name, bool(fusing))
+        for alternative, (before, after, heads, shape, date, seen) in (found or {}).items():
+            quiet_us = self._quiet_us(alternative, bool(fusing))
+            fastest_host = profile.fastest_host if profile else FASTER_HOST
             if quiet_us:
                 before, after = before._replace(launch=quiet_us[0]), after._replace(launch=quiet_us[1])
+                fastest_host = seen if seen and profile and not profile.is_own else fastest_host
             elif site.device_type == "cuda" and not (after.launch or self.cuda_graphs):
                 continue  # there was a profile then
-            if alternatives[name] in fusing:
-                before = before._replace(device=before.device + beyond_a_copy_us(site, heads, device))
-            faster = speedup((before, after), self.cuda_graphs, self._fastest_host())
-            predictions[alternatives[name]] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
+            if alternative in fusing:
+                more = beyond_a_copy_us(site, heads, str(self.machine["device"]))
+                before = before._replace(device=before.device + more)
+            faster = speedup((before, after), self.cuda_graphs, fastest_host)
+            predictions[alternative] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
         return predictions
 
-    def _quiet_us(self, name: str, fused: bool) -> tuple[float, float] | None:
+    @property
+    def _profile(self) -> Profile | None:
+        return profiles().get(str(self.machine["device"]))
+
+    def _quiet_us(self, alternative: Alternative, fused: bool) -> tuple[float, float] | None:
         """What the device's profile says of launches, of SDPA's and this one's; None where it does not know both, or is
         of hosts with faster ones.
         """
-        profile = profiles().get(str(self.machine["device"]))
+        profile = self._profile
         if profile is None or (self.machine.get("slow_launches") and not profile.is_own):
             return None
-        sdpa, other = profile.launch(SDPA, fused), profile.launch(name, fused)
+        sdpa, other = profile.launch(SDPA, fused), profile.launch(" ".join(alternative), fused)
         return (sdpa, other) if sdpa and other else None
 
-    def _fastest_host(self) -> float:
-        """Times what launches take by the device's profile: what they were seen to take here, if that is less."""
-        profile = profiles().get(str(self.machine["device"]))
-        if profile is None:
-            return FASTER_HOST
-        seen = None if profile.is_own else store.recall(self._host)
-        return min(1.0, of_quiet_hosts(seen["launches"])) if seen else profile.fastest_host
-
-    def _see_host(self, launches: float) -> None:
-        """Launches took so many times as long as by the profile."""
-        seen = store.recall(self._host) or {"launches": []}
-        store.remember(self._host, {"launches": [*seen["launches"], launches][-MOST_SEEN:]})
-
-    @property
-    def _host(self) -> dict[str, Any]:
-        """What is seen of it is kept under this key."""
-        return {"host of": dict(self.machine)}
+    def _fastest_host(self, site: AttentionSite, sdpa: Time, is_known: bool) -> float | None:
+        """Of a race, if SDPA's launch was timed in it and is the one of the profile, which knows such sites."""
+        profile, made = self._profile, site.prologues or ()
+        if profile is None or profile.is_own or not sdpa.launch or not is_known or made.count(Prologue()) == 1:
+            return None
+        return host.fastest(self.machine, profile.date, sdpa.launch / profile.launch(SDPA, fused=bool(made)))
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
@@ -156,13 +159,13 @@ class Local:
         if isinstance(times, str):
             self.failures[_name(self.key(site))] = times
             return times
-        where = smaller.batch * smaller.heads, smaller.shape, _today()
-        raced = {name: (times[SDPA], ours, *where) for name, ours in times.items() if name != SDPA}
-        quiet_us = [self._quiet_us(name, bool(_fusing(smaller, predicted))) for name in raced]
-        if quiet_us[0] and times[SDPA].launch:
-            self._see_host(times[SDPA].launch / quiet_us[0][0])
-        before = store.recall(self.key(site)) or {"times": {}}
-        store.remember(self.key(site), {"times": before["times"] | raced})
+        fastest_host = None
+        if self._launches(smaller, tuple(predicted)) == (SDPA,):
+            fastest_host = self._fastest_host(smaller, times[SDPA], is_known=any(predicted.values()))
+        where = smaller.batch * smaller.heads, smaller.shape, _today(), fastest_host
+        raced = {alternative: Raced(times[SDPA], times[" ".join(alternative)], *where) for alternative in predicted}
+        known = (store.recall(self.key(site), _read) or {}) | raced
+        store.remember(self.key(site), {"times": {" ".join(which): times for which, times in known.items()}})
         return self.recall(site)
 
     def _races(
@@ -197,11 +200,13 @@ class Local:
         return averaged(opinions) if most < APART else f"the CPU is busy: two measurements are {most:.1f} times apart"
 
     def _launches(self, site: AttentionSite, alternatives: Sequence[Alternative]) -> Collection[str] | None:
-        """Whose are timed in a race: all (None) unless the profile has them; by another machine's, SDPA's."""
+        """Whose are timed in a race: all (None), unless the profile has them; SDPA's, to see the host, if it is of
+        another machine.
+        """
         fused = bool(_fusing(site, alternatives))
-        if not all(self._quiet_us(" ".join(alternative), fused) for alternative in alternatives):
+        if not all(self._quiet_us(alternative, fused) for alternative in alternatives):
             return None
-        return () if profiles()[str(self.machine["device"])].is_own else (SDPA,)
+        return () if self.cuda_graphs or (self._profile and self._profile.is_own) else (SDPA,)
 
     def key(self, site: AttentionSite) -> dict[str, Any]:
         """What a measurement of such a site is kept under."""
@@ -351,9 +356,13 @@ def _name(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _split(name: str) -> Alternative:
-    format, provider = name.split(" ")
-    return format, provider
+def _read(found: Mapping[str, Any]) -> dict[Alternative, Raced]:
+    """What is stored of a site."""
+    times = {}
+    for name, (sdpa, ours, *where) in dict(found["times"]).items():
+        format, provider = name.split(" ")
+        times[format, provider] = Raced(Time(*sdpa), Time(*ours), *where)
+    return times
 
 
 def _has_fixed_sizes(site: AttentionSite) -> bool:

@@ -209,8 +209,8 @@ class Profile:
 def averaged(races: Sequence[Mapping[str, Time]]) -> dict[str, Time]:
     """Geometric means by name, over races at different times, `without_stalls`.
 
-    On a CPU others come and go, for seconds at a time, and what slows one call slows those in turn with it: the mean of
-    all keeps them comparable, where the fastest of each would be those of different moments.
+    On a CPU others come and go, for seconds at a time, and what slows one call slows those in turn with it: the mean
+    keeps them comparable, where the fastest of each would be those of different moments.
     """
     found, usual = {}, without_stalls(races)
     for name in dict.fromkeys(chain(*usual)):
@@ -223,7 +223,8 @@ STALLED = 3.0
 
 
 def without_stalls(races: Sequence[Mapping[str, Time]]) -> list[Mapping[str, Time]]:
-    """But for those in which some call took STALLED times as long as it usually does; all, if none would be left.
+    """But for those in which some call took STALLED times as long as it usually does, and another did not; all, if none
+    would be left.
 
     On a CPU whose threads wait for each other a call of 100 us now and then takes 10 ms, as long as a race lasts.
     """
@@ -231,7 +232,8 @@ def without_stalls(races: Sequence[Mapping[str, Time]]) -> list[Mapping[str, Tim
         name: median_low(times[name].device for times in races if name in times)
         for name in dict.fromkeys(chain(*races))
     }
-    kept = [times for times in races if all(time.device < STALLED * usual[name] for name, time in times.items())]
+    slow = [[time.device / usual[name] for name, time in times.items()] for times in races]
+    kept = [times for times, ratios in zip(races, slow, strict=True) if max(ratios) < STALLED * min(ratios)]
     return kept or list(races)
 
 

@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger("sagecompile")
 
-SCHEMA = 3
+T = TypeVar("T")
+
+SCHEMA = 4
 _known: dict[str, dict[str, Any]] = {}
 """Of this process, by file: a folder that cannot be used costs one measurement a process, not one a compilation."""
 
@@ -39,24 +41,28 @@ def forget() -> None:
         file.unlink(missing_ok=True)
 
 
-def recall(key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was remembered under this key. A file that cannot be read as such is set aside, and that is said."""
+def recall(key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | None:
+    """What was remembered under this key, as `read` makes it.
+
+    A file with anything else in it, on which that raises ValueError, KeyError or TypeError, is set aside and named.
+    """
     file = _file(key)
     if str(file) in _known:
-        return _known[str(file)]
+        return read(_known[str(file)])
     try:
         stored = json.loads(file.read_text())
         if not isinstance(stored, dict) or not isinstance(stored["found"], dict):
             raise ValueError("no measurement in it")
+        if stored.get("schema") != SCHEMA or stored.get("key") != dict(key):
+            return None
+        found = read(stored["found"])
     except OSError:  # not there, or not for us
         return None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         _set_aside(file, error)
         return None
-    if stored.get("schema") != SCHEMA or stored.get("key") != dict(key):
-        return None
     _known[str(file)] = stored["found"]
-    return _known[str(file)]
+    return found
 
 
 def remember(key: Mapping[str, Any], found: dict[str, Any]) -> None:

@@ -147,8 +147,8 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 def _launches_us(calls: Mapping[str, Callable[[], object]], timed: Collection[str]) -> dict[str, float]:
     """Of the host alone, each into an empty queue, in turn; the fastest, as what else it does only slows.
 
-    All run twice before, which may compile and plan, and must have happened before a capture. Each follows each other,
-    but never itself, in whose caches it would be faster.
+    All run twice before, which may compile and plan, and must have happened before a capture. None follows itself,
+    if there are two: in its own caches it would be faster.
     """
     for call in calls.values():
         for _ in range(2):

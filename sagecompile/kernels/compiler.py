@@ -90,7 +90,7 @@ def in_background(job: Callable[P, T], *arguments: P.args, **named: P.kwargs) ->
         begun = Future()
         try:
             begun.set_result(job(*arguments, **named))
-        except Exception as error:  # as of a thread: for whoever asks for the result
+        except Exception as error:  # kept for whoever asks for the result, as a thread does
             begun.set_exception(error)
     _begun.append(begun)
     return begun

@@ -21,7 +21,7 @@ import torch
 from sagecompile import backend, ops
 from sagecompile.cost import Alternative, beyond_a_copy_us
 from sagecompile.cost.local import race
-from sagecompile.cost.profile import Time, averaged, launched, launches_us
+from sagecompile.cost.profile import Time, averaged, launched, launches_us, without_stalls
 from sagecompile.decide import Decision, Use
 from sagecompile.formats import fuses
 from sagecompile.kernels import available
@@ -88,13 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
             _measure(sites, device.type, device_name, races)
         finally:
             measured = {site: averaged(raced) for site, raced in races.items()}
+            stalls = sum(len(raced) - len(without_stalls(raced)) for raced in races.values())
             found["launch_us"] = launches_us((site.prologues is not None, times) for site, times in measured.items())
             print(HEADER)
             for site, raced in measured.items():
                 times = {name: _at_any_time(time, name, site, found["launch_us"]) for name, time in raced.items()}
                 found["rows"].append(row := judge(site, decided[site], times, graph))
                 print(_render(row))
-        found["summary"] = summary(found["rows"])
+        found["summary"] = summary(found["rows"]) | {"races left out, as one call stood still": stalls}
         for name, value in found["summary"].items():
             print(f"{name:52} {value}")
     if arguments.plot:
