@@ -101,7 +101,8 @@ class TestMeasure:
         """With launches of 300 and 200 us, where the device takes 100 and 250."""
 
         def profile(source=SHIPPED, date="2026-11-22"):
-            launches = {"sdpa": 300.0, "sdpa, fused": 300.0, "qk_int8_pv_fp16 cpu": 200.0}
+            launches = {"sdpa": 300.0, "sdpa, fused": 330.0}
+            launches |= {"qk_int8_pv_fp16 cpu": 200.0, "qk_int8_pv_fp16 hopper": 200.0}
             found = Profile("some CPU", date, (), launches, source=source)
             monkeypatch.setattr(local, "profiles", lambda: {"some CPU": found})
 
@@ -142,21 +143,25 @@ class TestMeasure:
     ONE = Prologue(rope="half", table="float32")
 
     @pytest.mark.parametrize(
-        ("site", "predicted", "sdpa_us"),
+        ("prologues", "predicted", "sdpa_us"),
         [
-            (SITE, KNOWN, 300 * 0.9),
-            (SITE, None, 200),
-            (replace(SITE, prologues=(ONE, ONE)), KNOWN, 300 * 0.9),
-            (replace(SITE, prologues=(Prologue(), ONE)), KNOWN, 200),
+            (None, KNOWN, 300 * 0.9),
+            (None, None, 200),
+            ((ONE, ONE), KNOWN, 330 * 0.9),
+            ((Prologue(), ONE), KNOWN, 220),
         ],
         ids=["as the profile's", "of a kind that it does not know", "with prologues", "with one of two"],
     )
     def test_a_host_is_seen_by_launches_that_the_profile_has(
-        self, races, profile, monkeypatch, site, predicted, sdpa_us
+        self, races, profile, monkeypatch, prologues, predicted, sdpa_us
     ):
         profile()
-        monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 300.0))
-        (found,) = machine(cuda_graphs=False).measure(site, {ACCURATE: predicted}).values()
+        fusing = ("qk_int8_pv_fp16", "hopper")
+        monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
+        monkeypatch.setitem(TIMES, fusing, TIMES[ACCURATE])
+        monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 330.0 if prologues else 300.0))
+        site = replace(SITE, head_dim=64, value_dim=64, prologues=prologues)
+        (found,) = machine(cuda_graphs=False).measure(site, {fusing: predicted}).values()
         assert found.speedup == pytest.approx(sdpa_us / 250)
 
     def test_the_own_profile_needs_no_look_at_the_host(self, races, profile, monkeypatch):

@@ -119,12 +119,18 @@ class Local:
         sdpa, other = profile.launch(SDPA, fused), profile.launch(" ".join(alternative), fused)
         return (sdpa, other) if sdpa and other else None
 
-    def _fastest_host(self, site: AttentionSite, sdpa: Time, is_known: bool) -> float | None:
-        """Of a race, if SDPA's launch was timed in it and is the one of the profile, which knows such sites."""
-        profile, made = self._profile, site.prologues or ()
-        if profile is None or profile.is_own or not sdpa.launch or not is_known or made.count(Prologue()) == 1:
+    def _fastest_host(
+        self, site: AttentionSite, sdpa: Time, predicted: Mapping[Alternative, Prediction | None]
+    ) -> float | None:
+        """After a race that timed a launch of SDPA's that the profile has: of a site that it knows, with both prologues
+        or none.
+        """
+        profile, fused = self._profile, bool(_fusing(site, predicted))
+        is_timed = self._launches(site, tuple(predicted)) == (SDPA,) and sdpa.launch > 0
+        is_alike = any(predicted.values()) and not (fused and Prologue() in (site.prologues or ()))
+        if profile is None or not (is_timed and is_alike):
             return None
-        return host.fastest(self.machine, profile.date, sdpa.launch / profile.launch(SDPA, fused=bool(made)))
+        return host.fastest(self.machine, profile.date, sdpa.launch / profile.launch(SDPA, fused))
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
@@ -159,9 +165,7 @@ class Local:
         if isinstance(times, str):
             self.failures[_name(self.key(site))] = times
             return times
-        fastest_host = None
-        if self._launches(smaller, tuple(predicted)) == (SDPA,):
-            fastest_host = self._fastest_host(smaller, times[SDPA], is_known=any(predicted.values()))
+        fastest_host = self._fastest_host(smaller, times[SDPA], predicted)
         where = smaller.batch * smaller.heads, smaller.shape, _today(), fastest_host
         raced = {alternative: Raced(times[SDPA], times[" ".join(alternative)], *where) for alternative in predicted}
         known = (store.recall(self.key(site), _read) or {}) | raced
