@@ -85,7 +85,7 @@ def decider(ours: Settings, cuda_graphs: bool) -> Callable[[AttentionSite], Deci
             fails_fused |= bool(reason and site.prologues and fuses((format, provider), site.head_dim))
             return reason
 
-        local = measurements(site.device, cuda_graphs) if ours.measure else None
+        local = replace(measurements(site.device, cuda_graphs), may_measure=ours.measure)
         found = decide(site, available.device(site.device), ours, can_run, local, cuda_graphs)
         if fails_fused and isinstance(found, Keep):  # the same kernel may run where it leaves the prologues to Inductor
             return decision(replace(site, prologues=None))

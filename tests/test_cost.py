@@ -418,6 +418,14 @@ class TestFiles:
         with pytest.raises(ValueError, match=f"schema 1: this version reads {SCHEMA}"):
             Profile.read({"schema": 1})
 
+    @pytest.mark.parametrize("time", ["fast", None, 0.0, -1.0, float("nan")])
+    def test_times_that_are_none_are_refused(self, time):
+        machine = {"device": "GPU", "threads": None, "date": "2026-01-01"}
+        stored = json.loads(json.dumps(to_json(machine, RISING.points, {SDPA: 9.0}, PrologueCosts())))
+        stored["points"][0]["heads_length_us"][0][2][SDPA] = time
+        with pytest.raises((ValueError, TypeError)):
+            Profile.read(stored)
+
     def test_shipped_ones(self):
         assert {"AMD EPYC", "NVIDIA H200"} <= cost.profiles().keys()
         for device, found in cost.profiles().items():

@@ -210,6 +210,12 @@ class TestMeasure:
         (found,) = machine(cuda_graphs=False).measure(SITE, unpredicted(ACCURATE)).values()
         assert found.speedup == pytest.approx(400 / 500)
 
+    def test_may_be_turned_off_and_what_was_measured_still_holds(self, races):
+        off = replace(machine(), may_measure=False)
+        assert off.measure(SITE, unpredicted(ACCURATE)) == "sage.measure is false" and not races
+        found = machine().measure(SITE, unpredicted(ACCURATE))
+        assert off.recall(SITE) == found
+
     def test_what_is_asked_for_later_joins_it(self, races, monkeypatch):
         machine().measure(SITE, unpredicted(ACCURATE))
         forget(monkeypatch)
@@ -514,6 +520,17 @@ def test_a_large_site_is_measured_on_less_of_it(site, expected, monkeypatch):
 
 
 KEY = {"device": "some CPU", "q_len": 90}
+NO_TIMES = [
+    {"times": {"qk_int8_pv_fp16 cpu": [[300.0, 0.0], ours, 8, "2x4x90x72", "2026-11-22", seen]}}
+    for ours, seen in (
+        (["a", 0.0], None),
+        ([None, 0.0], None),
+        ([0.0, 0.0], None),
+        ([-1.0, 0.0], None),
+        ([math.nan, 0.0], None),
+        ([1.0, 0.0], -1),
+    )
+]
 
 
 class TestStore:
@@ -528,7 +545,9 @@ class TestStore:
             assert not file.exists() and file.with_suffix(".bad").read_text() == text
         assert "is no measurement" in caplog.text
 
-    @pytest.mark.parametrize("found", [{}, {"times": [1]}, {"times": {"a b": [[1.0], [1.0]]}}, {"times": {"a": 1}}])
+    @pytest.mark.parametrize(
+        "found", [{}, {"times": [1]}, {"times": {"a b": [[1.0], [1.0]]}}, {"times": {"a": 1}}, *NO_TIMES]
+    )
     def test_a_measurement_with_other_content_is_set_aside_too(self, races, folder, monkeypatch, found):
         machine().measure(SITE, unpredicted(ACCURATE))
         (file,) = folder.glob("*.json")

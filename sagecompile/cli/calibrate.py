@@ -176,7 +176,7 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
         progress(f"calibrating {name}", done, steps, from_before)
         one, runners = sites[which]
         key = {"calibration": turn, "runners": [" ".join(runner) for runner in runners]} | local.key(one)
-        found = store.recall(key, lambda found: {name: Time(*us) for name, us in found.items()})
+        found = store.recall(key, lambda found: {name: Time.read(us) for name, us in found.items()})
         if found is None:
             try:
                 launches = None if which % LAUNCHES_EVERY == 0 or one.prologues is not None else ()
@@ -247,6 +247,7 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
     """How many copies of q and k each kind of prologue takes where only bytes count, of the widest heads."""
     from sagecompile.backend import measurements
     from sagecompile.cost import store
+    from sagecompile.cost.profile import positive
 
     from .bench.prologues import copies_by_inductor
 
@@ -254,7 +255,7 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
     for made in PROLOGUES:
         print(f"calibrating Inductor's {made.kind}", file=sys.stderr)
         key = {"calibration": made.kind} | dict(measurements(str(device), cuda_graphs=False).machine)
-        copies = store.recall(key, lambda known: float(known["copies"]))
+        copies = store.recall(key, lambda known: positive(known["copies"]))
         if copies is None:
             copies = copies_by_inductor(device, made, *MADE[-1], max(GRIDS[device.type].head_dims))
             store.remember(key, {"copies": copies})

@@ -23,7 +23,7 @@ from sagecompile.formats import fuses, fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, beyond_a_copy_us, host, profiles, store
-from .profile import FASTER_HOST, Profile, Time, averaged, speedup, without_stalls
+from .profile import FASTER_HOST, Profile, Time, averaged, positive, speedup, without_stalls
 from .prologues import SDPA
 from .timer import MOST_WAITED, interleaved_times, waited_s
 
@@ -78,6 +78,8 @@ class Local:
     ops: Ops
     cuda_graphs: bool
     """Whether what is compiled is captured in a CUDA graph, where launches cost nothing."""
+    may_measure: bool = True
+    """Else it only recalls."""
     failures: dict[str, str] = field(default_factory=dict)
     """Of this process: what could not be measured is not tried again."""
 
@@ -134,6 +136,8 @@ class Local:
 
     def why_not(self, site: AttentionSite, alternatives: int) -> str | None:
         """Why so many alternatives would not be measured at such a site now, or None."""
+        if not self.may_measure:
+            return "sage.measure is false"
         if not _has_fixed_sizes(site):
             return "sizes that change are not measured while compiling"
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -363,9 +367,10 @@ def _name(key: Mapping[str, Any]) -> str:
 def _read(found: Mapping[str, Any]) -> dict[Alternative, Raced]:
     """What is stored of a site."""
     times = {}
-    for name, (sdpa, ours, *where) in dict(found["times"]).items():
+    for name, (sdpa, ours, heads, shape, date, seen) in dict(found["times"]).items():
         format, provider = name.split(" ")
-        times[format, provider] = Raced(Time(*sdpa), Time(*ours), *where)
+        where = int(heads), str(shape), str(date), None if seen is None else positive(seen)
+        times[format, provider] = Raced(Time.read(sdpa), Time.read(ours), *where)
     return times
 
 

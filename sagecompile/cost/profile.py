@@ -39,12 +39,30 @@ class Family(NamedTuple):
     is_causal: bool
 
 
+def positive(number: Any) -> float:
+    """As JSON has it; ValueError or TypeError where it is none."""
+    found = float(number)
+    if not 0 < found < math.inf:
+        raise ValueError(f"{found} where a positive number belongs")
+    return found
+
+
+def _all_positive(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {name: positive(number) for name, number in dict(numbers).items()}
+
+
 class Time(NamedTuple):
     """Of one call, in microseconds."""
 
     device: float
     launch: float = 0.0
     """What the host is busy with it; 0 where host and device are one."""
+
+    @classmethod
+    def read(cls, stored: Iterable[Any]) -> Time:
+        """From JSON; ValueError or TypeError where it is none."""
+        device, launch = stored
+        return cls(positive(device), positive(launch) if launch else 0.0)
 
     def us(self, cuda_graphs: bool, host: float = 1.0) -> float:
         """What it adds to a model that is captured in CUDA graphs, or is not; `host`: times what a launch takes."""
@@ -112,16 +130,16 @@ class Profile:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any], source: str = SHIPPED) -> Profile:
-        """From JSON; ValueError or KeyError where it is none of this schema."""
+        """From JSON; ValueError, KeyError or TypeError where it is none of this schema."""
         if stored["schema"] != SCHEMA:
             raise ValueError(f"schema {stored['schema']}: this version reads {SCHEMA}")
         points = tuple(
-            Point(Family(**{name: group[name] for name in Family._fields}), heads, length, dict(us))
+            Point(Family(**{name: group[name] for name in Family._fields}), int(heads), int(length), _all_positive(us))
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
         return cls(
-            stored["device"], stored["date"], points, dict(stored["launch_us"]), PrologueCosts.read(stored),
+            stored["device"], stored["date"], points, _all_positive(stored["launch_us"]), PrologueCosts.read(stored),
             stored["threads"], source,
         )  # fmt: skip
 

@@ -31,6 +31,13 @@ def test_a_gpu_that_is_not_there(what, capsys, monkeypatch):
     assert "torch sees no CUDA GPU here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:x", "cpu:one"])
+@pytest.mark.parametrize("command", [["calibrate"], ["bench", "decision"]], ids=" ".join)
+def test_a_device_that_is_none_of_ours(command, device, capsys):
+    assert main([*command, "--device", device]) == 2
+    assert f"--device {device}: it is cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

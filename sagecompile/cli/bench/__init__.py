@@ -120,7 +120,7 @@ def _add_decision(parser: argparse.ArgumentParser) -> None:
         "--profile-only",
         dest="measure",
         action="store_false",
-        help="let `auto` measure nothing, as with sage.measure=false; by default it does where the profile is not sure",
+        help="let `auto` measure nothing more, as sage.measure=false does; else it does where the profile is not sure",
     )
     _add_regime(parser)
     parser.add_argument("--plot", type=_file, metavar="FILE.png", help="draw predicted against measured, and regrets")

@@ -27,7 +27,10 @@ SCHEMA = 2
 def device_of(arguments: argparse.Namespace) -> torch.device:
     """--device or the default, made the current one."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not name.startswith("cuda"):
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdigit() or index == ""):
+        raise SageCompileError(f"--device {name}: it is cpu, cuda or cuda:N")
+    if kind == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
         raise SageCompileError(f"--device {name}: torch sees no CUDA GPU here; `sagecompile doctor` says what there is")
