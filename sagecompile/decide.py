@@ -148,8 +148,8 @@ def _fastest(
     runs: Callable[[Use], bool],
     local: Measures | None,
 ) -> Use | Keep | None:
-    """Of those that run the one with the largest speed-up of at least `min_speedup` (see NOISE),
-    the first of equal ones.
+    """Of those that run the one with the largest speed-up of at least `min_speedup` (see NOISE), the first of
+    equal ones.
 
     Of what another candidate beats only a prediction is looked at. With `local`, what is not sure is measured first.
     """

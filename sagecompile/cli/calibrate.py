@@ -158,8 +158,8 @@ def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:
     from sagecompile import ops
     from sagecompile.backend import measurements
     from sagecompile.cost import store
-    from sagecompile.cost.local import race
     from sagecompile.cost.profile import Time, averaged
+    from sagecompile.cost.race import race
     from sagecompile.cost.timer import MOST_WAITED, waited_s
     from sagecompile.kernels import available
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sagecompile.formats import fuses, fusing_devices
+from sagecompile.formats import fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative, Prediction, beyond_a_copy_us, host, profiles, store
 from .profile import FASTER_HOST, Profile, Time, averaged, positive, speedup, without_stalls
 from .prologues import SDPA
-from .timer import MOST_WAITED, interleaved_times, waited_s
+from .race import BUDGET_S, Ops, fusing_of, race
+from .timer import MOST_WAITED, waited_s
 
 FLOPS = {"cpu": 2e9, "cuda": 2e12}
 """Of one call, about: milliseconds. A larger site is measured on fewer sequences and heads."""
@@ -37,23 +35,12 @@ LONGEST = {"cpu": 16, "cuda": 8}
 """How many times `FLOPS` a call of the least heads may have; beyond it nothing is measured."""
 MEMORY = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Bytes of q, k, v, the outputs and what prologues make."""
-BUDGET_S = 0.05
 TRIES, PAUSE_S = 3, 0.2
 """How often at the most, and after how long, it is tried on a CPU."""
 ALIKE, APART = 1.1, 1.5
 """What two measurements of a speed-up on a CPU may differ by to be believed, and beyond which none is."""
 CLOSE = 0.9, 1.2
 """A speed-up in between is worth all tries."""
-
-
-class Ops(Protocol):
-    """What is put into graphs: sagecompile.ops."""
-
-    attention: Any
-    qk_norm_rope_attention: Any
-
-    def settle(self) -> None:
-        """Wait until calls are what they will be from then on."""
 
 
 class Raced(NamedTuple):
@@ -90,7 +77,7 @@ class Local:
         wins must win on the fastest host that this one may be, too.
         """
         found = store.recall(self.key(site), _read) if _has_fixed_sizes(site) else None
-        profile, fusing = self._profile, _fusing(site, found or ())
+        profile, fusing = self._profile, fusing_of(site, found or ())
         predictions = {}
         for alternative, (before, after, heads, shape, date, seen) in (found or {}).items():
             quiet_us = self._quiet_us(alternative, bool(fusing))
@@ -127,7 +114,7 @@ class Local:
         """After a race that timed a launch of SDPA's that the profile has: of a site that it knows, with both prologues
         or none.
         """
-        profile, fused = self._profile, bool(_fusing(site, predicted))
+        profile, fused = self._profile, bool(fusing_of(site, predicted))
         is_timed = self._launches(site, tuple(predicted)) == (SDPA,) and sdpa.launch > 0
         is_alike = any(predicted.values()) and not (fused and Prologue() in (site.prologues or ()))
         if profile is None or not (is_timed and is_alike):
@@ -211,7 +198,7 @@ class Local:
         """Whose are timed in a race: all (None), unless the profile has them; SDPA's, to see the host, if it is of
         another machine.
         """
-        fused = bool(_fusing(site, alternatives))
+        fused = bool(fusing_of(site, alternatives))
         if not all(self._quiet_us(alternative, fused) for alternative in alternatives):
             return None
         return () if self.cuda_graphs or (self._profile and self._profile.is_own) else (SDPA,)
@@ -223,116 +210,6 @@ class Local:
         if site.prologues and site.device_type in fusing_devices(may_win=True):
             found["prologues"] = [made._asdict() for made in site.prologues]
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
-
-
-def race(
-    site: AttentionSite,
-    alternatives: Sequence[Alternative],
-    ops: Ops,
-    budget_s: float = BUDGET_S,
-    launches: Collection[str] | None = None,
-) -> dict[str, Time]:
-    """What each takes, run in turn: SDPA as `sdpa`, the alternatives as `format provider`.
-
-    Where one of them does the prologues of q and k, the others get what these make: written again by a copy, which
-    moves the bytes that Inductor's kernels for them must. That is the least they take; `beyond_a_copy_us` is the rest.
-    `launches`: whose are timed, by default all.
-    """
-    fusing = _fusing(site, alternatives)
-    q, calls = _contestants(site, alternatives, fusing, ops)
-    kept = _memory_at_hand(q) if site.device_type == "cpu" else None
-    here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
-    uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
-    if launches is None or site.device_type == "cpu":
-        ops.settle()
-    with here, torch.autocast(site.device_type, enabled=False):
-        times = interleaved_times(calls, site.device_type, budget_s, uncaptured, launches)
-        if site.device_type == "cuda":
-            torch.cuda.empty_cache()  # what the captured graphs had for themselves goes back
-    del kept
-    return times
-
-
-def _fusing(site: AttentionSite, alternatives: Iterable[Alternative]) -> list[Alternative]:
-    """Which of them do the site's prologues."""
-    return [which for which in alternatives if site.prologues and fuses(which, site.head_dim)]
-
-
-def _contestants(
-    site: AttentionSite, alternatives: Sequence[Alternative], fusing: Sequence[Alternative], ops: Ops
-) -> tuple[torch.Tensor, dict[str, Callable[[], object]]]:
-    """q, and the calls by name; `fusing`: who does the prologues."""
-    generator = torch.Generator(site.device).manual_seed(0)  # its own: the user's random numbers stay as they are
-    dtype = getattr(torch, site.dtype)
-    scale = site.scale if site.scale is not None else site.head_dim**-0.5
-    group = site.heads // site.kv_heads
-
-    def tensor(heads: int, length: int) -> torch.Tensor:
-        """The same numbers for all heads: making others would take longer than the race."""
-        one = torch.randn((1, length, 1, site.head_dim), generator=generator, device=site.device).to(dtype)
-        return one.repeat(site.batch, 1, heads, 1).transpose(1, 2)
-
-    q = tensor(site.heads, site.q_len)
-    k, v = tensor(site.kv_heads, site.kv_len), tensor(site.kv_heads, site.kv_len)
-    # In float32 SDPA has no fast CUDA kernel for groups: models that repeat K and V themselves get one.
-    repeats = group if site.device_type == "cuda" and site.dtype == "float32" else 1
-    repeated = [x.repeat_interleave(repeats, 1) for x in (k, v)] if repeats > 1 else None
-    q_prologue, k_prologue = site.prologues if site.prologues and fusing else (Prologue(), Prologue())
-    fused = _fused_arguments(site, q_prologue, k_prologue, generator) if fusing else {}
-
-    def made() -> tuple[torch.Tensor, torch.Tensor]:
-        return q if q_prologue == Prologue() else q.clone(), k if k_prologue == Prologue() else k.clone()
-
-    def sdpa() -> torch.Tensor:
-        (their_q, their_k), their_v = made(), v
-        if repeated:
-            their_k, their_v = repeated
-        how = {"is_causal": site.is_causal, "scale": scale, "enable_gqa": group > repeats}
-        return F.scaled_dot_product_attention(their_q, their_k, their_v, **how)
-
-    def ours(format: str, provider: str) -> torch.Tensor:
-        how = {"scale": scale, "is_causal": site.is_causal, "tokens_first": True}
-        how |= {"format": format, "provider": provider}
-        if (format, provider) in fusing:
-            return ops.qk_norm_rope_attention(q, k, v, **fused, **how)  # type: ignore[no-any-return]
-        return ops.attention(*made(), v, **how)  # type: ignore[no-any-return]
-
-    calls: dict[str, Callable[[], object]] = {SDPA: sdpa}
-    calls |= {" ".join(alternative): partial(ours, *alternative) for alternative in alternatives}
-    return q, calls
-
-
-def _memory_at_hand(like: torch.Tensor) -> torch.Tensor:
-    """Something to hold on to while results like this are made again and again on a CPU.
-
-    It lies above a hole in the heap that they fit into. Without one, whether the C library gives their memory back to
-    the system each time, to get new pages for it, depends on what the process did before; that takes up to as long as
-    attention itself.
-    """
-    torch.empty_like(like)  # once freed, others of this size come from the heap
-    hole = [torch.empty_like(like) for _ in range(4)]
-    above = torch.empty_like(like)
-    del hole
-    return above
-
-
-def _fused_arguments(
-    site: AttentionSite, q_prologue: Prologue, k_prologue: Prologue, generator: torch.Generator
-) -> dict[str, Any]:
-    """Of qk_norm_rope_attention, on random numbers."""
-
-    def random(dtype: str | None, *size: int) -> torch.Tensor | None:
-        if dtype is None:
-            return None
-        return torch.rand(size, generator=generator, device=site.device).to(getattr(torch, dtype))
-
-    length = site.q_len if q_prologue.table else site.kv_len
-    tables = [random(q_prologue.table or k_prologue.table, 1, length, site.head_dim) for _ in range(2)]
-    found: dict[str, Any] = dict(zip(("cos", "sin"), tables, strict=True))
-    for name, prologue in (("q", q_prologue), ("k", k_prologue)):
-        found[f"{name}_weight"] = random(prologue.weight, site.head_dim)
-        found |= {f"{name}_eps": 1e-6 if prologue.norm else None, f"{name}_rope": prologue.rope}
-    return found
 
 
 def _apart(one: Mapping[str, Time], other: Mapping[str, Time]) -> float:

@@ -114,7 +114,7 @@ class TestCalibrate:
         def race(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("sagecompile.cost.local.race", race)
+        monkeypatch.setattr("sagecompile.cost.race.race", race)
         assert main(["calibrate", "--device", "cpu"]) == 130
         assert "stopped; run it again, it goes on where it was" in capsys.readouterr().err
 
@@ -139,8 +139,8 @@ class TestCalibrate:
                 raise MemoryError
             return local.race(site, *rest, **how)
 
-        local = SimpleNamespace(race=importlib.import_module("sagecompile.cost.local").race)
-        monkeypatch.setattr("sagecompile.cost.local.race", race)
+        local = SimpleNamespace(race=importlib.import_module("sagecompile.cost.race").race)
+        monkeypatch.setattr("sagecompile.cost.race.race", race)
         assert main(["calibrate", "--device", "cpu"]) == 0
         assert {point.length for point in own_profile().points} == {16, 64}
         assert "1x1x32x32 left out: no memory" in capsys.readouterr().err

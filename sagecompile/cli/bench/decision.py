@@ -20,8 +20,8 @@ import torch
 
 from sagecompile import backend, ops
 from sagecompile.cost import Alternative, beyond_a_copy_us
-from sagecompile.cost.local import race
 from sagecompile.cost.profile import Time, averaged, launched, launches_us, without_stalls
+from sagecompile.cost.race import race
 from sagecompile.decide import Decision, Use
 from sagecompile.formats import fuses
 from sagecompile.kernels import available
