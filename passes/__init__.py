@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule
 
-from sagecompile.decide import Decision, Use
+from sagecompile.decide import Decision, Use, long_enough
 from sagecompile.report import Entry, Report
 from sagecompile.site import AttentionSite
 
@@ -30,7 +30,9 @@ def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], fusing: Co
 
     `fusing`: the device types with kernels for what makes q and k, which is looked for on no other.
     """
-    decided = [(match, decide(match.site)) for match in find(gm.graph, fusing)]
+    matches = find(gm.graph, fusing)
+    decisions = long_enough([(match.site, decide(match.site)) for match in matches])
+    decided = list(zip(matches, decisions, strict=True))
     rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
     for graph in with_subgraphs(gm.graph):
         shield_softmax(graph)

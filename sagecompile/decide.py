@@ -6,13 +6,14 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from .cost import NEAR, Alternative, Measures, Prediction, predict
 from .formats import FORMATS, PROVIDERS, Format, Provider, beats, fuses
 from .settings import Settings
-from .site import AttentionSite, Device
+from .site import AttentionSite, Device, Size
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Use:
     @property
     def alternative(self) -> Alternative:
         return self.format, self.provider
+
+    @property
+    def at_least(self) -> int:
+        """Tokens of queries and of keys that it takes, where their number is a symbol."""
+        return self.prediction.at_least if self.prediction else 0
 
     @property
     def reason(self) -> str:
@@ -68,20 +74,21 @@ def decide(
     local: Measures | None = None,
     cuda_graphs: bool = False,
 ) -> Decision:
-    """Use or Keep for one site. Comparing a symbolic size here adds a Dynamo guard, which is what makes it hold.
+    """Use or Keep for one site; lengths that are symbols are taken for long enough, which `long_enough` asks then.
 
     `auto` goes by what was measured on this machine (`local`), then by the device's profile where that is sure, then by
-    a measurement now. `cuda_graphs`: whether launches cost nothing. A symbolic length is compared once at most: with
-    that of the fastest candidate.
+    a measurement now. `cuda_graphs`: whether launches cost nothing.
     """
     if settings.policy == "never":
         return Keep("policy=never: set sage.policy to auto or always")
     for refusal in _site_limits(site):
         return Keep(refusal)
+    auto = settings.policy == "auto"
+    if auto and not isinstance(site.head_dim, int):
+        return Keep(f"head_dim {site.head_dim}: needs a number, as after torch._dynamo.mark_static(q, 3)")
     refusals: list[str] = []
     never_wins: dict[str, str] = {}
     candidates: list[Use] = []
-    auto = settings.policy == "auto"
     known = local.recall(site) if auto and local else {}
     for name in settings.formats:
         limit = _format_limit(site, FORMATS[name], device)
@@ -111,11 +118,49 @@ def decide(
     else:
         chosen = next(filter(runs, candidates), None)
     if isinstance(chosen, Use):
-        return _if_long_enough(chosen, site)
+        numbers = (length for length in (site.q_len, site.kv_len) if isinstance(length, int))
+        return chosen if all(length >= chosen.at_least for length in numbers) else _too_short(chosen, chosen.at_least)
     refusals += [reason for reason in refused.values() if reason is not None]
     refusals += [chosen.reason] if chosen else []
     refusals += [f"device {device.type}: {_no_candidate(never_wins)}"] if not refusals else []
     return Keep("; ".join(dict.fromkeys(refusals)))
+
+
+def long_enough(decided: Sequence[tuple[AttentionSite, Decision]]) -> list[Decision]:
+    """The decisions for all sites of a graph, of which those stay Use whose lengths reach the crossing.
+
+    Comparing a symbol adds a Dynamo guard, which is what makes a decision hold, and a graph for what is shorter. So
+    each is compared once, with the largest crossing of all sites that have it.
+    """
+    symbols: dict[str, tuple[Size, int]] = {}
+    for site, use in decided:
+        if isinstance(use, Use) and use.at_least:
+            for length in _symbols(site):
+                known = symbols.get(str(length), (length, 0))
+                symbols[str(length)] = length, max(use.at_least, known[1])
+
+    @cache
+    def is_long(name: str) -> bool:
+        length, crossing = symbols[name]
+        return bool(length >= crossing)
+
+    def judged(site: AttentionSite, use: Decision) -> Decision:
+        if isinstance(use, Use) and use.at_least:
+            short = next((name for name in map(str, _symbols(site)) if not is_long(name)), None)
+            return use if short is None else _too_short(use, symbols[short][1])
+        return use
+
+    return [judged(site, decision) for site, decision in decided]
+
+
+def _symbols(site: AttentionSite) -> list[Size]:
+    return [length for length in (site.q_len, site.kv_len) if not isinstance(length, int)]
+
+
+def _too_short(use: Use, crossing: int) -> Keep:
+    wins = f"{use.format} by {use.provider} wins from"
+    others = "there on" if crossing == use.at_least else f"{use.at_least} on, all of this length from there"
+    return Keep(f"fewer than {crossing} tokens: {wins} {others}")
 
 
 def _no_candidate(never_wins: Mapping[str, str]) -> str:
@@ -129,15 +174,6 @@ def _no_candidate(never_wins: Mapping[str, str]) -> str:
 def _is_for(provider: Provider, device: Device) -> bool:
     """Whether this provider is made for such a device; one that is not is no candidate, so no reason names it."""
     return device.type in provider.devices and provider.compute_capability in (None, device.compute_capability)
-
-
-def _if_long_enough(use: Use, site: AttentionSite) -> Decision:
-    """The one comparison of lengths that are symbols; what is a number is compared first, and adds no guard."""
-    least = use.prediction.at_least if use.prediction else 0
-    lengths = sorted((site.q_len, site.kv_len), key=lambda length: not isinstance(length, int))
-    if least == 0 or all(length >= least for length in lengths):
-        return use
-    return Keep(f"fewer than {least} tokens: {use.format} by {use.provider} wins from there on")
 
 
 def _fastest(
@@ -224,7 +260,7 @@ def _too_slow(contenders: list[Use], device: Device, settings: Settings, why_not
     unmeasured = ", ".join(f"{use.format} by {use.provider}" for use in contenders if use.prediction is None)
     if unmeasured:
         why = f" ({why_not_measured})" if why_not_measured else ""
-        slow.append(f"not measured at this shape on {device.name}{why}: {unmeasured}; run `sagecompile calibrate`")
+        slow.append(f"not measured at this shape on {device.name}{why}, run `sagecompile calibrate`: {unmeasured}")
     return Keep("; ".join(slow))
 
 

@@ -69,6 +69,8 @@ def _parse(name: str, value: Any) -> Any:
         return tuple(str(item).strip() for item in names)
     if name == "min_speedup":
         try:
+            if isinstance(value, bool):
+                raise TypeError
             return float(value)
         except (TypeError, ValueError):
             raise OptionError(f"sage.min_speedup is {value!r}; it is a number such as 1.05") from None

@@ -426,6 +426,14 @@ class TestFiles:
         with pytest.raises((ValueError, TypeError)):
             Profile.read(stored)
 
+    @pytest.mark.parametrize("us", ["fast", None, 0.0, float("nan")])
+    def test_neither_are_those_of_prologues(self, us):
+        stored = json.loads(json.dumps(to_json({}, RISING.points, {SDPA: 9.0}, PrologueCosts())))
+        stored |= {"device": "GPU", "threads": None, "date": "2026-01-01"}
+        stored["prologues"] = [{"kind": "half", "head_dim": 64, "size_us": {SDPA: [[1024, us]]}}]
+        with pytest.raises((ValueError, TypeError)):
+            Profile.read(stored)
+
     def test_shipped_ones(self):
         assert {"AMD EPYC", "NVIDIA H200"} <= cost.profiles().keys()
         for device, found in cost.profiles().items():

@@ -8,7 +8,7 @@ import pytest
 
 from sagecompile import decide as module
 from sagecompile.cost import Prediction
-from sagecompile.decide import Keep, Use, decide
+from sagecompile.decide import Keep, Use, decide, long_enough
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Device, Prologue
 
@@ -100,7 +100,15 @@ def test_what_only_the_reference_runs_is_kept_with_what_to_set():
 def test_auto_keeps_what_was_not_measured(monkeypatch):
     monkeypatch.setattr(module, "predict", lambda *_: None)
     decision = decide(SITE, H200, Settings(), runs)
-    assert isinstance(decision, Keep) and decision.cause == "not measured at this shape on NVIDIA H200"
+    assert isinstance(decision, Keep)
+    assert decision.cause == "not measured at this shape on NVIDIA H200, run `sagecompile calibrate`"
+
+
+def test_auto_needs_a_head_dim_that_is_a_number():
+    """Nothing would be measured of a symbol, nor does `calibrate` help."""
+    head_dim = Length(64, "s3")
+    decision = decide(replace(SITE, head_dim=head_dim, value_dim=head_dim), H200, Settings(), runs)
+    assert decision == Keep("head_dim s3: needs a number, as after torch._dynamo.mark_static(q, 3)")
 
 
 def speeds(table):
@@ -136,8 +144,11 @@ def refuses_hopper(site, format, provider):
 class Length:
     """A symbol that counts its comparisons, each of which is a Dynamo guard."""
 
-    def __init__(self, value):
-        self.value, self.compared = value, []
+    def __init__(self, value, name="s0"):
+        self.value, self.name, self.compared = value, name, []
+
+    def __str__(self):
+        return self.name
 
     def __ge__(self, other):
         self.compared.append(other)
@@ -154,10 +165,31 @@ def test_a_symbolic_length_is_compared_once_with_the_crossing_of_the_fastest(mon
 
     monkeypatch.setattr(module, "predict", predict)
     length = Length(tokens)
-    decision = decide(replace(SITE, q_len=length, kv_len=9999), H200, Settings(), runs)
+    site = replace(SITE, q_len=length, kv_len=9999)
+    (decision,) = long_enough([(site, decide(site, H200, Settings(), runs))])
     assert length.compared == [4000] and isinstance(decision, Use) == used
     if not used:
         assert decision.reason == "fewer than 4000 tokens: qk_int8_pv_fp8 by hopper wins from there on"
+
+
+@pytest.mark.parametrize(("tokens", "used"), [(2999, False), (3000, True)])
+def test_all_sites_of_a_length_share_one_crossing(tokens, used):
+    """So that two kinds of attention make no third graph; what is kept or of numbers has no say in it."""
+
+    def at(q_len, kv_len, crossing):
+        found = Use("qk_int8_pv_fp8", "hopper", Prediction(1.5, "somewhere", at_least=crossing))
+        return replace(SITE, q_len=q_len, kv_len=kv_len), found
+
+    length, other = Length(tokens), Length(800, "s1")
+    kept = replace(SITE, q_len=length, kv_len=length), Keep("mask: none")
+    decided = [at(length, length, 1000), at(length, 9999, 3000), at(other, other, 700), at(64, 64, 0), kept]
+    found = long_enough(decided)
+    assert length.compared == [3000] and other.compared == [700]
+    assert [isinstance(decision, Use) for decision in found] == [used, used, True, True, False]
+    if not used:
+        which = "qk_int8_pv_fp8 by hopper wins from"
+        assert found[0].reason == f"fewer than 3000 tokens: {which} 1000 on, all of this length from there"
+        assert found[1].reason == f"fewer than 3000 tokens: {which} there on"
 
 
 class Local:
@@ -232,8 +264,9 @@ def test_what_cannot_catch_up_with_a_sure_winner_is_not_measured(monkeypatch):
 def test_a_length_that_is_a_number_is_compared_first(monkeypatch):
     monkeypatch.setattr(module, "predict", lambda *_: Prediction(1.5, "somewhere", at_least=2814))
     length = Length(4000)
-    assert isinstance(decide(replace(SITE, q_len=length, kv_len=77), H200, Settings(), runs), Keep)
-    assert not length.compared
+    site = replace(SITE, q_len=length, kv_len=77)
+    (decision,) = long_enough([(site, decide(site, H200, Settings(), runs))])
+    assert isinstance(decision, Keep) and not length.compared
 
 
 def test_auto_falls_back_to_another_provider_that_wins_too(monkeypatch):

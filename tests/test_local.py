@@ -579,17 +579,27 @@ class TestStore:
         monkeypatch.setattr(store.Path, "home", none)
         assert store.folder().parts[-2:] == ("sagecompile", "measured")
 
+    def test_a_relative_cache_folder_is_none(self, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", "here")
+        assert store.folder() == store.Path.home() / ".cache" / "sagecompile" / "measured"
+
+    def test_says_where_nothing_can_be_kept(self, tmp_path, monkeypatch):
+        assert store.why_not() is None
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert store.why_not() == f"{tmp_path / 'file'} cannot be written to"
+
     def test_forgets(self, folder):
         store.remember(KEY, {"times": {}})
         store.forget()
         assert store.recall(KEY, dict) is None and not list(folder.iterdir())
 
     def test_counts_what_holds_for_some_facts(self, folder):
-        for key in (KEY, KEY | {"q_len": 91}, KEY | {"torch": "2.0"}, KEY | {"device": "another"}):
+        for key in (KEY, KEY | {"q_len": 91}, KEY | {"torch": "2.0"}, KEY | {"device": "another"}, KEY | {"turn": 1}):
             store.remember(key, {"times": {}})
         (folder / "broken.json").write_text("{")
         (folder / "older.json").write_text(json.dumps({"schema": 0, "key": KEY}))
-        assert store.count({"device": "some CPU"}) == 3
+        assert store.count({"device": "some CPU"}, without=("turn",)) == 3
         assert store.count({"device": "some CPU", "torch": "2.0"}) == 1
         assert store.count({"device": "some CPU", "torch": None}) == 0
 

@@ -42,6 +42,7 @@ def test_formats_as_text_or_sequence(given):
         ({"sage.formats": "fp4"}, "'fp4'; known formats are qk_int8_pv_fp16, qk_int8_pv_fp8"),
         ({"sage.formats": []}, "empty; name at least one of qk_int8_pv_fp16"),
         ({"sage.min_speedup": "fast"}, "'fast'; it is a number such as 1.05"),
+        ({"sage.min_speedup": True}, "True; it is a number such as 1.05"),
         ({"sage.min_speedup": 0}, "a ratio above 0"),
         ({"sage.min_speedup": float("nan")}, "a ratio above 0"),
         ({"sage.min_speedup": "inf"}, "a ratio above 0"),

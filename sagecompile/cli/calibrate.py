@@ -247,7 +247,6 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
     """How many copies of q and k each kind of prologue takes where only bytes count, of the widest heads."""
     from sagecompile.backend import measurements
     from sagecompile.cost import store
-    from sagecompile.cost.profile import positive
 
     from .bench.prologues import copies_by_inductor
 
@@ -255,7 +254,7 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
     for made in PROLOGUES:
         print(f"calibrating Inductor's {made.kind}", file=sys.stderr)
         key = {"calibration": made.kind} | dict(measurements(str(device), cuda_graphs=False).machine)
-        copies = store.recall(key, lambda known: positive(known["copies"]))
+        copies = store.recall(key, lambda known: store.positive(known["copies"]))
         if copies is None:
             copies = copies_by_inductor(device, made, *MADE[-1], max(GRIDS[device.type].head_dims))
             store.remember(key, {"copies": copies})

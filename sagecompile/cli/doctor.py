@@ -42,6 +42,7 @@ def examine() -> dict[str, Any]:
         "versions": names | optional | {"cuda": torch.version.cuda or "none in this torch"},
         "settings": dataclasses.asdict(settings.from_environment()),
         "measurements": str(store.folder()),
+        "cannot_keep": store.why_not(),
         "devices": [_examine_device(name) for name in devices],
     }
 
@@ -65,7 +66,7 @@ def _examine_device(name: str) -> dict[str, Any]:
         "device": name,
         "name": device.name,
         "compute_capability": device.compute_capability,
-        "measured": store.count(measurements(name, cuda_graphs=False).machine),
+        "measured": store.count(measurements(name, cuda_graphs=False).machine, without=("calibration",)),
         "profile": {"date": profile.date, "source": profile.source} if profile else None,
         "slow_launches": relaunch.why_not() if device.slow_launches else None,
         "formats": rows,
@@ -92,6 +93,8 @@ def render(found: dict[str, Any]) -> str:
     lines = [f"{name:13} {value}" for name, value in found["versions"].items()]
     lines += ["", "settings      " + ", ".join(f"{key}={value}" for key, value in found["settings"].items())]
     lines.append(f"measurements  in {found['measurements']}")
+    if found["cannot_keep"]:
+        lines.append(f"              not kept: {found['cannot_keep']}, so every process measures again")
     for device in found["devices"]:
         capability = device["compute_capability"]
         shown = f", compute capability {capability[0]}.{capability[1]}" if capability else ""

@@ -132,7 +132,7 @@ def predict(
         sdpa, ours = counted_us(times, cuda_graphs, profile.fastest_host)
         found = sdpa / ours
         made = " with what makes q and k" if making and known else ""
-        basis = f"{_shown(ours)} against {_shown(sdpa)}{made}, {when}"
+        basis = f"{shown(ours)} against {shown(sdpa)}{made}, {when}"
         is_short = max(time.device for time in times) <= SHORT_US.get(device.type, 0.0)
         near = NEAR_WHEN_SHORT if is_short else NEAR
         sure = alike and known and (found >= wanted * near or speedup(times, cuda_graphs) <= wanted / near)
@@ -153,5 +153,6 @@ def _families(site: AttentionSite, device: Device) -> list[Family]:
     return [Family(dtype, site.head_dim, site.is_causal) for dtype in alike]
 
 
-def _shown(us: float) -> str:
+def shown(us: float) -> str:
+    """`72 us`, `5.18 ms`."""
     return f"{us:.0f} us" if us < 1000 else f"{us / 1000:.3g} ms"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import store
-from .profile import of_quiet_hosts, positive
+from .profile import of_quiet_hosts
 
 ENOUGH, MOST = 10, 100
 """Races that tell how fast it can be, and as many as are remembered."""
@@ -21,7 +21,7 @@ MARGIN = 0.9
 def fastest(machine: Mapping[str, Any], date: str, seen: float) -> float:
     """One more race `seen`: its launch of SDPA took so many times what it takes by the profile of that date."""
     key = {"host of": dict(machine), "profile": date}
-    before = store.recall(key, lambda found: [positive(times) for times in found["times_profile"]])
+    before = store.recall(key, lambda found: [store.positive(times) for times in found["times_profile"]])
     races = [*(before or []), seen][-MOST:]
     store.remember(key, {"times_profile": races})
     return min(1.0, of_quiet_hosts(races) * (MARGIN if len(races) < ENOUGH else 1.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, host, profiles, store
-from .profile import FASTER_HOST, Profile, Time, averaged, positive, speedup, without_stalls
+from . import Alternative, Prediction, beyond_a_copy_us, host, profiles, shown, store
+from .profile import FASTER_HOST, Profile, Time, averaged, speedup, without_stalls
 from .prologues import SDPA
 from .race import BUDGET_S, Ops, fusing_of, race
 from .timer import MOST_WAITED, waited_s
+
+logger = logging.getLogger("sagecompile")
 
 FLOPS = {"cpu": 2e9, "cuda": 2e12}
 """Of one call, about: milliseconds. A larger site is measured on fewer sequences and heads."""
@@ -159,6 +162,8 @@ class Local:
         fastest_host = self._fastest_host(smaller, times[SDPA], predicted)
         where = smaller.batch * smaller.heads, smaller.shape, _today(), fastest_host
         raced = {alternative: Raced(times[SDPA], times[" ".join(alternative)], *where) for alternative in predicted}
+        took = ", ".join(f"{name} {shown(time.device)}" for name, time in times.items())
+        logger.info("measured %s %s on %s: %s", site.shape, site.dtype, self.machine["device"], took)
         known = (store.recall(self.key(site), _read) or {}) | raced
         store.remember(self.key(site), {"times": {" ".join(which): times for which, times in known.items()}})
         return self.recall(site)
@@ -246,7 +251,7 @@ def _read(found: Mapping[str, Any]) -> dict[Alternative, Raced]:
     times = {}
     for name, (sdpa, ours, heads, shape, date, seen) in dict(found["times"]).items():
         format, provider = name.split(" ")
-        where = int(heads), str(shape), str(date), None if seen is None else positive(seen)
+        where = int(heads), str(shape), str(date), None if seen is None else store.positive(seen)
         times[format, provider] = Raced(Time.read(sdpa), Time.read(ours), *where)
     return times
 

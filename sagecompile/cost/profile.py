@@ -21,6 +21,7 @@ from statistics import fmean, geometric_mean, median_low
 from typing import Any, NamedTuple
 
 from .prologues import SDPA, Making, PrologueCosts
+from .store import positive
 
 SCHEMA = 8
 SHIPPED = "shipped"
@@ -37,14 +38,6 @@ class Family(NamedTuple):
     dtype: str
     head_dim: int
     is_causal: bool
-
-
-def positive(number: Any) -> float:
-    """As JSON has it; ValueError or TypeError where it is none."""
-    found = float(number)
-    if not 0 < found < math.inf:
-        raise ValueError(f"{found} where a positive number belongs")
-    return found
 
 
 def _all_positive(numbers: Mapping[str, Any]) -> dict[str, float]:

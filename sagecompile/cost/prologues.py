@@ -7,12 +7,14 @@ and what a kernel takes longer that does it as it reads q and k. Out: the same a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from sagecompile.site import AttentionSite
+
+from .store import positive
 
 NONE = "none"
 """The kind of a tensor that attention takes as it is."""
@@ -55,10 +57,14 @@ class PrologueCosts:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> PrologueCosts:
-        """From a profile's JSON."""
+        """From a profile's JSON; ValueError, KeyError or TypeError where it is none."""
+
+        def sizes(known: Iterable[Any]) -> Sizes:
+            return tuple((int(positive(size)), positive(us)) for size, us in known)
+
         return cls(
             {
-                (row["kind"], row["head_dim"]): {name: tuple(map(tuple, us)) for name, us in row["size_us"].items()}
+                (row["kind"], row["head_dim"]): {name: sizes(known) for name, known in row["size_us"].items()}
                 for row in stored["prologues"]
             }
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +27,13 @@ _known: dict[str, dict[str, Any]] = {}
 
 
 def folder() -> Path:
-    """`$XDG_CACHE_HOME/sagecompile/measured`, or ~/.cache for the first part; a temporary one without a home."""
-    given = os.environ.get("XDG_CACHE_HOME")
+    """`$XDG_CACHE_HOME/sagecompile/measured`, or ~/.cache for the first part; a temporary one without a home.
+
+    A relative $XDG_CACHE_HOME is as none, as its specification says.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return Path(given or Path.home() / ".cache", "sagecompile", "measured")
+        return Path(given if os.path.isabs(given) else Path.home() / ".cache", "sagecompile", "measured")
     except RuntimeError:
         return Path(tempfile.gettempdir(), "sagecompile", "measured")
 
@@ -39,6 +43,14 @@ def forget() -> None:
     _known.clear()
     for file in folder().glob("*.json"):
         file.unlink(missing_ok=True)
+
+
+def positive(number: Any) -> float:
+    """As JSON has it; ValueError or TypeError where it is none."""
+    found = float(number)
+    if not 0 < found < math.inf:
+        raise ValueError(f"{found} where a positive number belongs")
+    return found
 
 
 def recall(key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | None:
@@ -79,14 +91,23 @@ def remember(key: Mapping[str, Any], found: dict[str, Any]) -> None:
         _warn_once(f"measurements cannot be kept in {file.parent} ({error.strerror}): every process measures again")
 
 
-def count(facts: Mapping[str, Any]) -> int:
-    """How many measurements hold for these facts, which are parts of their keys."""
+def why_not() -> str | None:
+    """Why nothing could be kept, as far as permissions tell, or None."""
+    place = folder()
+    while not place.exists():
+        place = place.parent
+    return None if place.is_dir() and os.access(place, os.W_OK) else f"{place} cannot be written to"
+
+
+def count(facts: Mapping[str, Any], without: Collection[str] = ()) -> int:
+    """How many measurements hold for these facts, which are parts of their keys; `without`: what no part may be."""
     found = 0
     for file in folder().glob("*.json"):
         try:
             stored = json.loads(file.read_text())
             key = stored["key"] if stored["schema"] == SCHEMA else {}
-            found += all(name in key and key[name] == value for name, value in facts.items())
+            is_of = all(name in key and key[name] == value for name, value in facts.items())
+            found += is_of and not any(name in key for name in without)
         except (OSError, ValueError, KeyError, TypeError):  # it is set aside when it is asked for
             continue
     return found

@@ -94,8 +94,8 @@ def test_lengths(dynamic):
     assert len(reports) == {True: 1, False: 4, None: 2}[dynamic]  # graphs compiled: no more than Inductor's own
 
 
-def test_a_compared_length_becomes_a_guard(monkeypatch):
-    """`auto` reads a threshold: one graph above it, one below, each with its own decision."""
+def test_lengths_that_grow_past_all_crossings_compile_one_graph_more(monkeypatch):
+    """`auto` reads one threshold, however many kinds of attention a model has: one graph from it on, one below."""
     from sagecompile import cost, formats
 
     monkeypatch.setitem(formats.PROVIDERS, "reference", replace(formats.PROVIDERS["reference"], may_win=True))
@@ -103,14 +103,20 @@ def test_a_compared_length_becomes_a_guard(monkeypatch):
     from sagecompile.kernels import available
 
     us = {"sdpa": 2.0, "qk_int8_pv_fp16 reference": 1.0}
-    points = tuple(Point(Family("float32", 32, True), 1, length, us) for length in (64, 4096))
+    starts = {True: 64, False: 128}
+    points = tuple(
+        Point(Family("float32", 32, causal), 1, length, us)
+        for causal, start in starts.items()
+        for length in (start, 4096)
+    )
     name = available.device("cpu").name
     monkeypatch.setattr(cost, "profiles", lambda: {name: Profile(name, "2026-01-01", points)})
-    compiled = torch.compile(Block().eval(), backend="sage_inductor", dynamic=True)
+    model = nn.Sequential(Block(causal=True), Block(causal=False)).eval()
+    compiled = torch.compile(model, backend="sage_inductor", dynamic=True)
     with torch.no_grad(), recording() as reports:
-        for length in (100, 80, 50, 40, 200):
+        for length in (200, 40, 50, 80, 100, 150, 300):
             compiled(torch.randn(2, length, 128))
-    assert [len(report.used) for report in reports] == [1, 0]  # 100 compiles the one, 50 the other, the rest reuse them
+    assert [len(report.used) for report in reports] == [2, 0]  # 200 compiles the one, 40 the other, the rest reuse them
 
 
 @pytest.mark.parametrize(
