@@ -20,7 +20,7 @@ from support import compiled
 from sagecompile import ops
 from sagecompile.cost import Prediction, host, local, store
 from sagecompile.cost.local import Local
-from sagecompile.cost.profile import SHIPPED, Profile, Time
+from sagecompile.cost.profile import SHIPPED, Family, Point, Profile, Time
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.errors import OptionError
 from sagecompile.formats import PROVIDERS
@@ -103,7 +103,8 @@ class TestMeasure:
         def profile(source=SHIPPED, date="2026-11-22"):
             launches = {"sdpa": 300.0, "sdpa, fused": 330.0}
             launches |= {"qk_int8_pv_fp16 cpu": 200.0, "qk_int8_pv_fp16 hopper": 200.0}
-            found = Profile("some CPU", date, (), launches, source=source)
+            points = tuple(Point(Family("float32", head_dim, False), 4, 90, {}) for head_dim in (64, SITE.head_dim))
+            found = Profile("some CPU", date, points, launches, source=source)
             monkeypatch.setattr(local, "profiles", lambda: {"some CPU": found})
 
         monkeypatch.setitem(TIMES, "sdpa", Time(100.0))
@@ -133,41 +134,40 @@ class TestMeasure:
         for length, (launch_us, sdpa_us) in enumerate(zip(seen, wanted, strict=True), start=90):
             monkeypatch.setitem(TIMES, "sdpa", Time(100.0, launch_us))
             site = replace(SITE, q_len=length)
-            (found,) = machine(cuda_graphs=False).measure(site, {ACCURATE: self.KNOWN}).values()
+            (found,) = machine(cuda_graphs=False).measure(site, unpredicted(ACCURATE)).values()
             forget(monkeypatch)
             assert found.speedup == pytest.approx(sdpa_us / 250)
             assert machine(cuda_graphs=False).recall(site) == {ACCURATE: found}
         assert store.count({"device": "some CPU"}) == len(seen)
 
-    KNOWN = Prediction(1.0, "shipped")
     ONE = Prologue(rope="half", table="float32")
 
     @pytest.mark.parametrize(
-        ("prologues", "predicted", "sdpa_us"),
+        ("head_dim", "prologues", "sdpa_us"),
         [
-            (None, KNOWN, 300 * 0.9),
-            (None, None, 200),
-            ((ONE, ONE), KNOWN, 330 * 0.9),
-            ((Prologue(), ONE), KNOWN, 220),
+            (64, None, 300 * 0.9),
+            (96, None, 200),
+            (64, (ONE, ONE), 330 * 0.9),
+            (64, (Prologue(), ONE), 220),
         ],
         ids=["as the profile's", "of a kind that it does not know", "with prologues", "with one of two"],
     )
     def test_a_host_is_seen_by_launches_that_the_profile_has(
-        self, races, profile, monkeypatch, prologues, predicted, sdpa_us
+        self, races, profile, monkeypatch, head_dim, prologues, sdpa_us
     ):
         profile()
         fusing = ("qk_int8_pv_fp16", "hopper")
         monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
         monkeypatch.setitem(TIMES, fusing, TIMES[ACCURATE])
         monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 330.0 if prologues else 300.0))
-        site = replace(SITE, head_dim=64, value_dim=64, prologues=prologues)
-        (found,) = machine(cuda_graphs=False).measure(site, {fusing: predicted}).values()
+        site = replace(SITE, head_dim=head_dim, value_dim=head_dim, prologues=prologues)
+        (found,) = machine(cuda_graphs=False).measure(site, unpredicted(fusing)).values()
         assert found.speedup == pytest.approx(sdpa_us / 250)
 
     def test_the_own_profile_needs_no_look_at_the_host(self, races, profile, monkeypatch):
         profile()
         monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 240.0))
-        (found,) = machine(cuda_graphs=False).measure(SITE, {ACCURATE: self.KNOWN}).values()
+        (found,) = machine(cuda_graphs=False).measure(SITE, unpredicted(ACCURATE)).values()
         assert found.speedup == pytest.approx(0.9 * 240 / 250)
         profile("mine.json")
         (found,) = machine(cuda_graphs=False).recall(SITE).values()

@@ -112,8 +112,7 @@ def predict(
         return None
     if device.slow_launches and not (cuda_graphs or profile.is_own):
         return None
-    families = _families(site, device)
-    family = next((one for one in families if profile.fewest_heads(one, alternative) is not None), None)
+    family = next((one for one in families_of(site) if profile.fewest_heads(one, alternative) is not None), None)
     fewest = profile.fewest_heads(family, alternative) if family else None
     if family is None or fewest is None:
         return None
@@ -147,9 +146,9 @@ def predict(
     return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings), sure=known)
 
 
-def _families(site: AttentionSite, device: Device) -> list[Family]:
+def families_of(site: AttentionSite) -> list[Family]:
     """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long."""
-    alike = [site.dtype, *(["bfloat16"] if (device.type, site.dtype) == ("cuda", "float16") else [])]
+    alike = [site.dtype, *(["bfloat16"] if (site.device_type, site.dtype) == ("cuda", "float16") else [])]
     return [Family(dtype, site.head_dim, site.is_causal) for dtype in alike]
 
 

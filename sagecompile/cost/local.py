@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, host, profiles, shown, store
+from . import Alternative, Prediction, beyond_a_copy_us, families_of, host, profiles, shown, store
 from .profile import FASTER_HOST, Profile, Time, averaged, speedup, without_stalls
 from .prologues import SDPA
 from .race import BUDGET_S, Ops, fusing_of, race
@@ -111,16 +111,14 @@ class Local:
         sdpa, other = profile.launch(SDPA, fused), profile.launch(" ".join(alternative), fused)
         return (sdpa, other) if sdpa and other else None
 
-    def _fastest_host(
-        self, site: AttentionSite, sdpa: Time, predicted: Mapping[Alternative, Prediction | None]
-    ) -> float | None:
-        """After a race that timed a launch of SDPA's that the profile has: of a site that it knows, with both prologues
-        or none.
+    def _fastest_host(self, site: AttentionSite, sdpa: Time, alternatives: Sequence[Alternative]) -> float | None:
+        """After a race that timed a launch of SDPA's that the profile has: of a family that it knows, at any lengths,
+        with both prologues or none.
         """
-        profile, fused = self._profile, bool(fusing_of(site, predicted))
-        is_timed = self._launches(site, tuple(predicted)) == (SDPA,) and sdpa.launch > 0
-        is_alike = any(predicted.values()) and not (fused and Prologue() in (site.prologues or ()))
-        if profile is None or not (is_timed and is_alike):
+        profile, fused = self._profile, bool(fusing_of(site, alternatives))
+        if profile is None or self._launches(site, alternatives) != (SDPA,) or not sdpa.launch:
+            return None
+        if profile.families.isdisjoint(families_of(site)) or (fused and Prologue() in (site.prologues or ())):
             return None
         return host.fastest(self.machine, profile.date, sdpa.launch / profile.launch(SDPA, fused))
 
@@ -159,7 +157,7 @@ class Local:
         if isinstance(times, str):
             self.failures[_name(self.key(site))] = times
             return times
-        fastest_host = self._fastest_host(smaller, times[SDPA], predicted)
+        fastest_host = self._fastest_host(smaller, times[SDPA], tuple(predicted))
         where = smaller.batch * smaller.heads, smaller.shape, _today(), fastest_host
         raced = {alternative: Raced(times[SDPA], times[" ".join(alternative)], *where) for alternative in predicted}
         took = ", ".join(f"{name} {shown(time.device)}" for name, time in times.items())

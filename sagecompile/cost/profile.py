@@ -116,6 +116,11 @@ class Profile:
         """Whether it was measured on this very machine."""
         return self.source != SHIPPED
 
+    @cached_property
+    def families(self) -> frozenset[Family]:
+        """Of which it has anything."""
+        return frozenset(point.family for point in self.points)
+
     @property
     def fastest_host(self) -> float:
         """Of those that it is used on: times what a launch takes by it."""
