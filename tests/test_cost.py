@@ -434,7 +434,7 @@ class TestFiles:
             Profile.read(stored)
 
     def test_shipped_ones(self):
-        assert {"AMD EPYC", "NVIDIA H200"} <= cost.profiles().keys()
+        assert {"AMD EPYC (AVX-512 BF16)", "NVIDIA H200"} <= cost.profiles().keys()
         for device, found in cost.profiles().items():
             assert found.source == "shipped" and found.points, device
             for point in found.points:

@@ -618,7 +618,7 @@ class TestStore:
 class TestDecide:
     """Stored, then the profile, then measured now."""
 
-    CPU = Device("cpu", "AMD EPYC", threads=2)
+    CPU = Device("cpu", "AMD EPYC (AVX-512 BF16)", threads=2)
     COVERED = replace(SITE, heads=8, kv_heads=8, q_len=1024, kv_len=1024, head_dim=64, value_dim=64)
 
     def decide(self, site, **settings):
@@ -636,7 +636,7 @@ class TestDecide:
 
     def test_what_a_profile_covers_is_not(self, races):
         decision = self.decide(self.COVERED)
-        assert isinstance(decision, Use) and "AMD EPYC" in decision.reason and not races
+        assert isinstance(decision, Use) and "AMD EPYC (AVX-512 BF16)" in decision.reason and not races
 
     def test_what_was_measured_here_goes_before_the_profile(self, races):
         machine().measure(self.COVERED, unpredicted(ACCURATE))

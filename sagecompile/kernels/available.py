@@ -66,12 +66,20 @@ def _nvidia_driver() -> str | None:
     return said.read_text().partition("\n")[0] if said.exists() else None
 
 
+CPU_KINDS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512_vnni": "AVX-512 VNNI"}
+"""Of CPUs that virtual machines call by one name, by Linux's name of the best that SDPA or our kernel use."""
+
+
 @cache
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    """`AMD EPYC (AVX-512 BF16)`: what runs as fast as another of this name."""
+    from .cpu import build
+
+    lines = build.CPUINFO.read_text().splitlines() if build.CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    kind = next((kind for feature, kind in CPU_KINDS.items() if feature in build.features()), None)
+    return f"{name} ({kind})" if kind else name
 
 
 def version(provider: str) -> str | None:

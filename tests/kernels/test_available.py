@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sagecompile import formats
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import available, hopper
+from sagecompile.kernels.cpu import build
 from sagecompile.kernels.hopper import runtime
 from sagecompile.ops import reference
 from sagecompile.report import recording
@@ -199,3 +200,20 @@ class TestTrialOfAPrologue:
         monkeypatch.setattr(available, "launcher", lambda provider: attention)
         refused = available.refusal(self.SITE, "qk_int8_pv_fp8", "hopper", cuda_graphs=False)
         assert refused is not None and "hopper wrong: relative error" in refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("fma avx512_vnni avx512_bf16 amx_bf16 amx_int8", "Some CPU (AMX)"),
+        ("fma avx512_vnni avx512_bf16", "Some CPU (AVX-512 BF16)"),
+        ("fma avx512_vnni", "Some CPU (AVX-512 VNNI)"),
+        ("fma avx2", "Some CPU"),
+    ],
+)
+def test_cpus_that_virtual_machines_call_alike_have_names_of_their_own(monkeypatch, tmp_path, flags, name):
+    """No profile of one is used on another, whose SDPA or kernel is faster."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(build, "CPUINFO", cpuinfo)
+    assert available._cpu_name.__wrapped__() == name

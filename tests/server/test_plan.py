@@ -74,7 +74,7 @@ KEPT = {
 def every_kernel_can(monkeypatch):
     """Here all can run, on the CPU of a shipped profile."""
     monkeypatch.setattr(available, "refusal", lambda *_, **__: None)
-    monkeypatch.setattr(available, "device", lambda name: Device("cpu", "AMD EPYC", threads=2))
+    monkeypatch.setattr(available, "device", lambda name: Device("cpu", "AMD EPYC (AVX-512 BF16)", threads=2))
 
 
 @pytest.mark.usefixtures("every_kernel_can")
@@ -119,7 +119,7 @@ def test_auto_goes_by_the_profile_at_the_lengths_of_the_request():
     """The shipped profile of this CPU says a win for the site at 1000 tokens; one of another device says nothing."""
     site = site_of(layer(num_heads=8, num_kv_heads=8), "cpu")
     decision = chooser(site, Settings())(1000, 1000)
-    assert isinstance(decision, Use) and "AMD EPYC" in decision.reason
+    assert isinstance(decision, Use) and "AMD EPYC (AVX-512 BF16)" in decision.reason
 
 
 @pytest.mark.usefixtures("every_kernel_can")
