@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule
 
-from sagecompile.decide import Decision, Use, long_enough
+from sagecompile.decide import Decision, Use
+from sagecompile.lengths import long_enough
 from sagecompile.report import Entry, Report
 from sagecompile.site import AttentionSite
 
 from .graph import with_subgraphs
+from .guards import reaches
 from .match import find
 from .rewrite import rewrite
 from .shield import shield_softmax
@@ -31,7 +33,7 @@ def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], fusing: Co
     `fusing`: the device types with kernels for what makes q and k, which is looked for on no other.
     """
     matches = find(gm.graph, fusing)
-    decisions = long_enough([(match.site, decide(match.site)) for match in matches])
+    decisions = long_enough([(match.site, decide(match.site)) for match in matches], reaches)
     decided = list(zip(matches, decisions, strict=True))
     rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
     for graph in with_subgraphs(gm.graph):

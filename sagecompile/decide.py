@@ -6,14 +6,13 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from .cost import NEAR, Alternative, Measures, Prediction, predict
+from .cost import NEAR, Alternative, Measures, Prediction, predict, shown
 from .formats import FORMATS, PROVIDERS, Format, Provider, beats, fuses
 from .settings import Settings
-from .site import AttentionSite, Device, Size
+from .site import AttentionSite, Device
 
 
 @dataclass(frozen=True)
@@ -26,22 +25,26 @@ class Use:
     """What `auto` went by; None under `always`, which asks for no measurement."""
     fused: str = ""
     """What the kernel does besides attention: `QK-norm and RoPE`."""
+    others: tuple[Use, ...] = field(default=(), compare=False)
+    """That were predicted or measured, too."""
 
     @property
     def alternative(self) -> Alternative:
         return self.format, self.provider
 
     @property
-    def at_least(self) -> int:
-        """Tokens of queries and of keys that it takes, where their number is a symbol."""
-        return self.prediction.at_least if self.prediction else 0
-
-    @property
     def reason(self) -> str:
         why = "policy=always"
         if self.prediction is not None:
             why = f"{self.prediction.speedup:.2f}x predicted ({self.prediction.basis})"
-        return f"{why}; {self.fused} fused" if self.fused else why
+        why = f"{why}; {self.fused} fused" if self.fused else why
+        return "; ".join([why, *(other._aside() for other in self.others)])
+
+    def _aside(self) -> str:
+        """As another's reason names it: `qk_int8_pv_fp16 by hopper 1.10x (72 us)`."""
+        assert self.prediction is not None
+        us = f" ({shown(self.prediction.us[1])})" if self.prediction.us else ""
+        return f"{self.format} by {self.provider} {self.prediction.speedup:.2f}x{us}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def decide(
     local: Measures | None = None,
     cuda_graphs: bool = False,
 ) -> Decision:
-    """Use or Keep for one site; lengths that are symbols are taken for long enough, which `long_enough` asks then.
+    """Use or Keep for one site. Where lengths are symbols, what is used needs `long_enough` ones: lengths.py asks.
 
     `auto` goes by what was measured on this machine (`local`), then by the device's profile where that is sure, then by
     a measurement now. `cuda_graphs`: whether launches cost nothing.
@@ -118,49 +121,11 @@ def decide(
     else:
         chosen = next(filter(runs, candidates), None)
     if isinstance(chosen, Use):
-        numbers = (length for length in (site.q_len, site.kv_len) if isinstance(length, int))
-        return chosen if all(length >= chosen.at_least for length in numbers) else _too_short(chosen, chosen.at_least)
+        return chosen
     refusals += [reason for reason in refused.values() if reason is not None]
     refusals += [chosen.reason] if chosen else []
     refusals += [f"device {device.type}: {_no_candidate(never_wins)}"] if not refusals else []
     return Keep("; ".join(dict.fromkeys(refusals)))
-
-
-def long_enough(decided: Sequence[tuple[AttentionSite, Decision]]) -> list[Decision]:
-    """The decisions for all sites of a graph, of which those stay Use whose lengths reach the crossing.
-
-    Comparing a symbol adds a Dynamo guard, which is what makes a decision hold, and a graph for what is shorter. So
-    each is compared once, with the largest crossing of all sites that have it.
-    """
-    symbols: dict[str, tuple[Size, int]] = {}
-    for site, use in decided:
-        if isinstance(use, Use) and use.at_least:
-            for length in _symbols(site):
-                known = symbols.get(str(length), (length, 0))
-                symbols[str(length)] = length, max(use.at_least, known[1])
-
-    @cache
-    def is_long(name: str) -> bool:
-        length, crossing = symbols[name]
-        return bool(length >= crossing)
-
-    def judged(site: AttentionSite, use: Decision) -> Decision:
-        if isinstance(use, Use) and use.at_least:
-            short = next((name for name in map(str, _symbols(site)) if not is_long(name)), None)
-            return use if short is None else _too_short(use, symbols[short][1])
-        return use
-
-    return [judged(site, decision) for site, decision in decided]
-
-
-def _symbols(site: AttentionSite) -> list[Size]:
-    return [length for length in (site.q_len, site.kv_len) if not isinstance(length, int)]
-
-
-def _too_short(use: Use, crossing: int) -> Keep:
-    wins = f"{use.format} by {use.provider} wins from"
-    others = "there on" if crossing == use.at_least else f"{use.at_least} on, all of this length from there"
-    return Keep(f"fewer than {crossing} tokens: {wins} {others}")
 
 
 def _no_candidate(never_wins: Mapping[str, str]) -> str:
@@ -212,7 +177,7 @@ def _fastest(
             return _too_slow(contenders, device, settings, why_not)
         best = max(wins, key=_speedup)
         if runs(best):
-            return best
+            return replace(best, others=tuple(use for use in left if use.prediction and use is not best))
         left.remove(best)
     return None
 
@@ -277,7 +242,7 @@ def _site_limits(site: AttentionSite) -> Iterator[str]:
     if site.value_dim != site.head_dim:
         yield f"value head_dim {site.value_dim}: needs q's and k's, {site.head_dim}"
     for what, size in (("batch", site.batch), ("heads", site.heads), ("q_len", site.q_len), ("kv_len", site.kv_len)):
-        if size == 0:
+        if isinstance(size, int) and size == 0:
             yield f"{what} 0: nothing to compute"
 
 

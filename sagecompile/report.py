@@ -30,6 +30,7 @@ class Entry:
             prediction = self.decision.prediction
             decision |= {"format": self.decision.format, "provider": self.decision.provider}
             decision["predicted_speedup"] = prediction.speedup if prediction else None
+            decision["predicted"] = [_predicted(use) for use in (self.decision, *self.decision.others)]
             decision["fused"] = self.decision.fused or None
         return {"site": self.site.to_dict(), "decision": decision}
 
@@ -84,6 +85,14 @@ class Report:
         plural = "graph" if self.graphs == 1 else "graphs"
         table = lines if self.entries else []
         return "\n".join([*table, f"{self.summary()} ({self.graphs} {plural})"])
+
+
+def _predicted(use: Use) -> dict[str, Any]:
+    """What is expected of an alternative; microseconds where sizes are numbers."""
+    found = use.prediction
+    sdpa_us, us = found.us if found and found.us else (None, None)
+    expected = {"speedup": found.speedup, "basis": found.basis} if found else {}
+    return {"format": use.format, "provider": use.provider, "us": us, "sdpa_us": sdpa_us} | expected
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

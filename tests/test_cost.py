@@ -286,6 +286,22 @@ class TestPredict:
         assert predict(half) == predict(SITE)
         assert predict(replace(half, device="cpu")) is None
 
+    def test_of_a_symbolic_batch_it_says_the_least_of_any(self, monkeypatch):
+        """Wins with few heads alone, as SDPA's launches do not count in many: kept, and no size is compared."""
+        us = {8: (90.0, 30.0), 64: (100.0, 80.0), 512: (400.0, 800.0)}
+        points = tuple(
+            Point(Family("bfloat16", 128, False), heads, 2048, {SDPA: times[0], "qk_int8_pv_fp8 triton": times[1]})
+            for heads, times in us.items()
+        )
+        monkeypatch.setattr(cost, "profiles", lambda: {"GPU": Profile("GPU", "2026-01-01", points)})
+        assert predict(replace(SITE, batch=1, heads=8, kv_heads=8)).speedup == pytest.approx(3)
+        batch = Symbolic(4)
+        found = predict(replace(SITE, batch=batch, heads=8, kv_heads=8))
+        assert found.speedup == pytest.approx(0.5) and found.us == pytest.approx((400, 800))
+        assert found.basis == "800 us against 400 us, the least of 8 to 512 heads in all, GPU, 2026-01-01"
+        assert predict(replace(SITE, batch=batch, heads=4, kv_heads=4)) is None, "fewer than were measured"
+        assert batch.compared == 0
+
     def test_of_a_symbolic_length_it_names_the_crossing_and_compares_nothing(self):
         length = Symbolic(700)
         found = predict(replace(SITE, q_len=length, kv_len=4096), 2**0.5)
@@ -433,6 +449,24 @@ class TestFiles:
         with pytest.raises((ValueError, TypeError)):
             Profile.read(stored)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"prologues": [{"kind": "half", "head_dim": 64, "size_us": []}], "date": "soon"},
+            {"prologues": [{"kind": "half", "head_dim": 64, "size_us": {SDPA: []}}]},
+            {"prologues": [{"kind": "half", "head_dim": 64, "size_us": 1}]},
+            {"points": [{"dtype": "float16", "head_dim": 64, "is_causal": False, "heads_length_us": [[1, 2, {}]]}]},
+            {"device": ["x"]},
+            {"date": "soon"},
+        ],
+        ids=["sizes and date", "no sizes", "a number for sizes", "no SDPA", "device", "date"],
+    )
+    def test_what_is_no_profile_is_refused(self, change):
+        machine = {"device": "GPU", "threads": None, "date": "2026-01-01"}
+        stored = json.loads(json.dumps(to_json(machine, RISING.points, {SDPA: 9.0}, PrologueCosts())))
+        with pytest.raises((ValueError, TypeError)):
+            Profile.read(stored | change)
+
     def test_shipped_ones(self):
         assert {"AMD EPYC (AVX-512 BF16)", "NVIDIA H200"} <= cost.profiles().keys()
         for device, found in cost.profiles().items():
@@ -448,12 +482,25 @@ class TestFiles:
         own = cost.own_profiles()
         own.mkdir(parents=True)
         machine = {"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"}
-        text = json.dumps(to_json(machine, RISING.points, {}, PrologueCosts()))
+        text = json.dumps(to_json(machine | cost.versions(), RISING.points, {}, PrologueCosts()))
         (own / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         found = cost.profiles()["NVIDIA H200"]
         cost.profiles.cache_clear()
         assert found.date == "2027-01-01" and found.source == str(own / "nvidia_h200.json")
+
+    @pytest.mark.parametrize("name", ["torch", "sources"])
+    def test_one_of_other_versions_says_nothing(self, monkeypatch, tmp_path, caplog, name):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cost.own_profiles().mkdir(parents=True)
+        machine = {"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"} | cost.versions() | {name: "older"}
+        text = json.dumps(to_json(machine, RISING.points, {}, PrologueCosts()))
+        (cost.own_profiles() / "nvidia_h200.json").write_text(text)
+        cost.profiles.cache_clear()
+        with caplog.at_level(logging.WARNING, "sagecompile"):
+            found = cost.profiles()["NVIDIA H200"]
+        cost.profiles.cache_clear()
+        assert found.source == "shipped" and f"is of another {name}: sagecompile calibrate" in caplog.text
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"schema": 3}'])
     def test_one_that_cannot_be_read_is_said_and_left_out(self, monkeypatch, tmp_path, caplog, text):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import ge
 
 import pytest
 
 from sagecompile import decide as module
 from sagecompile.cost import Prediction
-from sagecompile.decide import Keep, Use, decide, long_enough
+from sagecompile.decide import Keep, Use, decide
+from sagecompile.lengths import long_enough
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Device, Prologue
 
@@ -166,7 +168,7 @@ def test_a_symbolic_length_is_compared_once_with_the_crossing_of_the_fastest(mon
     monkeypatch.setattr(module, "predict", predict)
     length = Length(tokens)
     site = replace(SITE, q_len=length, kv_len=9999)
-    (decision,) = long_enough([(site, decide(site, H200, Settings(), runs))])
+    (decision,) = long_enough([(site, decide(site, H200, Settings(), runs))], ge)
     assert length.compared == [4000] and isinstance(decision, Use) == used
     if not used:
         assert decision.reason == "fewer than 4000 tokens: qk_int8_pv_fp8 by hopper wins from there on"
@@ -183,13 +185,24 @@ def test_all_sites_of_a_length_share_one_crossing(tokens, used):
     length, other = Length(tokens), Length(800, "s1")
     kept = replace(SITE, q_len=length, kv_len=length), Keep("mask: none")
     decided = [at(length, length, 1000), at(length, 9999, 3000), at(other, other, 700), at(64, 64, 0), kept]
-    found = long_enough(decided)
+    found = long_enough(decided, ge)
     assert length.compared == [3000] and other.compared == [700]
     assert [isinstance(decision, Use) for decision in found] == [used, used, True, True, False]
-    if not used:
+    if used:
+        assert "(somewhere; all of this length from 3000 on)" in found[0].reason
+    else:
         which = "qk_int8_pv_fp8 by hopper wins from"
         assert found[0].reason == f"fewer than 3000 tokens: {which} 1000 on, all of this length from there"
         assert found[1].reason == f"fewer than 3000 tokens: {which} there on"
+
+
+def test_what_another_length_keeps_has_no_say_where_that_is_not_one():
+    """Cross-attention to few keys, which is kept in any case, from more queries on than self-attention is used."""
+    queries, keys = Length(1000), Length(77, "s1")
+    found = Use("qk_int8_pv_fp8", "hopper", Prediction(1.5, "somewhere", at_least=500))
+    late = replace(found, prediction=Prediction(1.5, "somewhere", at_least=3000))
+    sites = [(replace(SITE, q_len=queries, kv_len=queries), found), (replace(SITE, q_len=queries, kv_len=keys), late)]
+    assert [isinstance(decision, Use) for decision in long_enough(sites, ge)] == [True, False]
 
 
 class Local:
@@ -265,7 +278,7 @@ def test_a_length_that_is_a_number_is_compared_first(monkeypatch):
     monkeypatch.setattr(module, "predict", lambda *_: Prediction(1.5, "somewhere", at_least=2814))
     length = Length(4000)
     site = replace(SITE, q_len=length, kv_len=77)
-    (decision,) = long_enough([(site, decide(site, H200, Settings(), runs))])
+    (decision,) = long_enough([(site, decide(site, H200, Settings(), runs))], ge)
     assert isinstance(decision, Keep) and not length.compared
 
 

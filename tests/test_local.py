@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from support import compiled
 
-from sagecompile import ops
+from sagecompile import cost, ops
 from sagecompile.cost import Prediction, host, local, store
 from sagecompile.cost.local import Local
 from sagecompile.cost.profile import SHIPPED, Family, Point, Profile, Time
@@ -80,9 +80,15 @@ def forget(monkeypatch):
 class TestMeasure:
     def test_says_how_much_faster_and_on_what(self, races):
         found = machine().measure(SITE, unpredicted(ACCURATE, FAST))
-        basis = f"measured here at 2x4/2x90x72, {local._today()}"
+        where = f"measured here at 2x4/2x90x72, {local._today()}"
         assert {name: one.speedup for name, one in found.items()} == pytest.approx({ACCURATE: 3.0, FAST: 0.5})
-        assert all(one.basis == basis and one.measured for one in found.values())
+        assert found[ACCURATE].basis == f"100 us against 300 us, {where}" and found[ACCURATE].measured
+        assert found[FAST].basis == f"600 us against 300 us, {where}" and found[FAST].us == pytest.approx((300, 600))
+
+    def test_is_logged(self, races, caplog):
+        with caplog.at_level(logging.INFO, "sagecompile"):
+            machine().measure(SITE, unpredicted(ACCURATE))
+        assert "2x4/2x90x72 float32 on some CPU: 3.00x for qk_int8_pv_fp16 by cpu (100 us against" in caplog.text
 
     def test_is_remembered_by_the_next_process(self, races, monkeypatch):
         first = machine().measure(SITE, unpredicted(ACCURATE))
@@ -133,44 +139,45 @@ class TestMeasure:
         wanted = [300, *[0.9 * 0.9 * 300] * 8, 300]
         for length, (launch_us, sdpa_us) in enumerate(zip(seen, wanted, strict=True), start=90):
             monkeypatch.setitem(TIMES, "sdpa", Time(100.0, launch_us))
-            site = replace(SITE, q_len=length)
+            site = replace(self.PLAIN, q_len=length, kv_len=length)
             (found,) = machine(cuda_graphs=False).measure(site, unpredicted(ACCURATE)).values()
             forget(monkeypatch)
             assert found.speedup == pytest.approx(sdpa_us / 250)
             assert machine(cuda_graphs=False).recall(site) == {ACCURATE: found}
         assert store.count({"device": "some CPU"}) == len(seen)
 
+    PLAIN = replace(SITE, kv_heads=4)
     ONE = Prologue(rope="half", table="float32")
 
     @pytest.mark.parametrize(
-        ("head_dim", "prologues", "sdpa_us"),
+        ("change", "sdpa_us"),
         [
-            (64, None, 300 * 0.9),
-            (96, None, 200),
-            (64, (ONE, ONE), 330 * 0.9),
-            (64, (Prologue(), ONE), 220),
+            ({}, 300 * 0.9),
+            ({"head_dim": 96}, 200),
+            ({"prologues": (ONE, ONE)}, 330 * 0.9),
+            ({"prologues": (Prologue(), ONE)}, 220),
+            ({"kv_heads": 2}, 200),
+            ({"kv_len": 91}, 200),
         ],
-        ids=["as the profile's", "of a kind that it does not know", "with prologues", "with one of two"],
+        ids=["as the profile's", "of a kind that it does not know", "prologues", "one of two", "groups", "lengths"],
     )
-    def test_a_host_is_seen_by_launches_that_the_profile_has(
-        self, races, profile, monkeypatch, head_dim, prologues, sdpa_us
-    ):
+    def test_a_host_is_seen_by_launches_that_the_profile_has(self, races, profile, monkeypatch, change, sdpa_us):
         profile()
         fusing = ("qk_int8_pv_fp16", "hopper")
         monkeypatch.setitem(PROVIDERS, "hopper", replace(PROVIDERS["hopper"], devices=("cpu",)))
         monkeypatch.setitem(TIMES, fusing, TIMES[ACCURATE])
-        monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 330.0 if prologues else 300.0))
-        site = replace(SITE, head_dim=head_dim, value_dim=head_dim, prologues=prologues)
+        monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 330.0 if "prologues" in change else 300.0))
+        site = replace(self.PLAIN, **{"head_dim": 64} | change)
         (found,) = machine(cuda_graphs=False).measure(site, unpredicted(fusing)).values()
         assert found.speedup == pytest.approx(sdpa_us / 250)
 
     def test_the_own_profile_needs_no_look_at_the_host(self, races, profile, monkeypatch):
         profile()
         monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 240.0))
-        (found,) = machine(cuda_graphs=False).measure(SITE, unpredicted(ACCURATE)).values()
+        (found,) = machine(cuda_graphs=False).measure(self.PLAIN, unpredicted(ACCURATE)).values()
         assert found.speedup == pytest.approx(0.9 * 240 / 250)
         profile("mine.json")
-        (found,) = machine(cuda_graphs=False).recall(SITE).values()
+        (found,) = machine(cuda_graphs=False).recall(self.PLAIN).values()
         assert found.speedup == pytest.approx(300 / 250)
 
     def test_a_host_is_seen_for_each_profile_and_forgets_the_oldest_races(self):
@@ -579,6 +586,21 @@ class TestStore:
         monkeypatch.setattr(store.Path, "home", none)
         assert store.folder().parts[-2:] == ("sagecompile", "measured")
 
+    def test_a_folder_that_may_not_be_entered_is_empty(self, folder, monkeypatch):
+        """As that of another user's home in a container."""
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        store.remember(KEY, {"times": {}})
+        monkeypatch.setattr(store.Path, "glob", refuse)
+        monkeypatch.setattr(store.os, "access", lambda *_: False)
+        assert store.count({}) == 0 and store.why_not() == f"{folder} cannot be written to"
+        store.forget()
+        cost.profiles.cache_clear()
+        assert cost.profiles()
+        cost.profiles.cache_clear()
+
     def test_a_relative_cache_folder_is_none(self, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", "here")
         assert store.folder() == store.Path.home() / ".cache" / "sagecompile" / "measured"
@@ -627,12 +649,15 @@ class TestDecide:
     def test_what_no_profile_covers_is_measured(self, races):
         decision = self.decide(SITE, formats=("qk_int8_pv_fp16",))
         assert isinstance(decision, Use) and decision.provider == "cpu"
-        assert "3.00x predicted (measured here at 2x4/2x90x72" in decision.reason
+        assert "3.00x predicted (100 us against 300 us, measured here at 2x4/2x90x72" in decision.reason
 
     def test_what_loses_is_kept_with_what_was_measured(self, races, monkeypatch):
         monkeypatch.setitem(TIMES, ACCURATE, Time(400.0))
         decision = self.decide(SITE, formats=("qk_int8_pv_fp16",))
-        assert isinstance(decision, Keep) and "0.75x for qk_int8_pv_fp16 by cpu (measured here" in decision.reason
+        assert (
+            isinstance(decision, Keep)
+            and "0.75x for qk_int8_pv_fp16 by cpu (400 us against 300 us, measured here" in decision.reason
+        )
 
     def test_what_a_profile_covers_is_not(self, races):
         decision = self.decide(self.COVERED)

@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .bench.session import device_of, machine
 
     device = device_of(arguments)
-    facts = machine(device)
+    facts = machine(device) | cost.versions()
     file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
     try:
         _try_to_write(file.parent)

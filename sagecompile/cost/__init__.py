@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -18,6 +18,7 @@ from typing import Protocol
 
 from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite, Device
+from sagecompile.sources import source_hash
 
 from . import store
 from .profile import Family, Profile, Time, counted_us, crossing_of, speedup
@@ -42,6 +43,8 @@ class Prediction:
     """False: so near to what it takes to be used, or from so unlike a machine, that a measurement is worth its time."""
     measured: bool = False
     """Whether this very shape was."""
+    us: tuple[float, float] | None = None
+    """Of SDPA and of this, where lengths are numbers."""
     calibrated: tuple[Time, Time] | None = None
     """Where `sagecompile calibrate` of this very machine says so: what SDPA takes and what this would."""
 
@@ -60,20 +63,35 @@ class Measures(Protocol):
 
 @cache
 def profiles() -> dict[str, Profile]:
-    """By device name: those shipped, and in their place what `sagecompile calibrate` measured on this machine."""
+    """By device name: those shipped, and in their place what `sagecompile calibrate` measured on this machine.
+
+    What it measured with another torch or version of our kernels says nothing any more, which is logged.
+    """
     found = {}
     for file in sorted((resources.files(__package__) / "profiles").iterdir(), key=lambda item: item.name):
         if file.name.endswith(".json"):
             profile = Profile.read(json.loads(file.read_text()))
             found[profile.device] = profile
-    for own in sorted(own_profiles().glob("*.json")):
+    for own in store.files(own_profiles()):
         try:
-            profile = Profile.read(json.loads(own.read_text()), str(own))
+            stored = json.loads(own.read_text())
+            profile = Profile.read(stored, str(own))
+            other = [name for name, version in versions().items() if stored[name] != version]
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is no profile (%s): sagecompile calibrate writes a new one", own, error)
             continue
-        found[profile.device] = profile
+        if other:
+            logger.warning("%s is of another %s: sagecompile calibrate measures again", own, " and ".join(other))
+        else:
+            found[profile.device] = profile
     return found
+
+
+def versions() -> dict[str, str]:
+    """That the times of a profile are of."""
+    import torch  # late: `decide` works without
+
+    return {"torch": torch.__version__, "sources": source_hash()}
 
 
 def beyond_a_copy_us(site: AttentionSite, heads: int, device_name: str) -> float:
@@ -103,40 +121,43 @@ def predict(
     differ; of a machine whose launches are slower than those of others of its kind it says nothing. A CPU's profile
     holds for as many threads alone: with others it is not sure, and no crossing is known. Neither is it sure of
     prologues that were not measured, of which only the launches count. Sizes that are numbers get the times at them.
-    Lengths that are symbols get the speed-up at the most tokens, and the crossing, the shortest from which on the
-    kernel wins by `wanted`: no length is compared here. Symbolic numbers of heads are compared once, with the fewest
-    measured.
+    Where the batch is a symbol the least of any batch counts, as far as was measured. Lengths that are symbols get the
+    speed-up at the most tokens, and the crossing, the shortest from which on the kernel wins by `wanted`. No symbol is
+    compared here.
     """
     profile, alternative = profiles().get(device.name), f"{format} {provider}"
     if profile is None or not isinstance(site.head_dim, int):
         return None
     if device.slow_launches and not (cuda_graphs or profile.is_own):
         return None
-    family = next((one for one in families_of(site) if profile.fewest_heads(one, alternative) is not None), None)
-    fewest = profile.fewest_heads(family, alternative) if family else None
-    if family is None or fewest is None:
+    family = next((one for one in families_of(site) if profile.heads(one, alternative)), None)
+    counts = _counts(site, profile.heads(family, alternative)) if family else []
+    if family is None or not counts:
         return None
-    heads = site.batch * site.heads
-    if heads < fewest:
-        return None
-    heads = heads if isinstance(heads, int) else fewest
     making = Making.of(site) if fuses((format, provider), site.head_dim) else None
     known = making is None or profile.knows(making, alternative)
     alike = profile.threads in (None, device.threads)
     when = f"{device.name}{'' if alike else f' with {profile.threads} threads'}, {profile.date}"
     if isinstance(site.q_len, int) and isinstance(site.kv_len, int):
-        times = profile.times(family, alternative, heads, site.q_len, making) if site.q_len == site.kv_len else None
-        if times is None:
+        if site.q_len != site.kv_len:
             return None
-        sdpa, ours = counted_us(times, cuda_graphs, profile.fastest_host)
-        found = sdpa / ours
+        at_all = [profile.times(family, alternative, heads, site.q_len, making) for heads in counts]
+        found = [times for times in at_all if times is not None]
+        if len(found) < len(counts):
+            return None
+        times = min(found, key=lambda times: speedup(times, cuda_graphs, profile.fastest_host))
+        us = counted_us(times, cuda_graphs, profile.fastest_host)
+        faster = us[0] / us[1]
         made = " with what makes q and k" if making and known else ""
-        basis = f"{shown(ours)} against {shown(sdpa)}{made}, {when}"
+        of_any = f", the least of {counts[0]} to {counts[-1]} heads in all" if len(counts) > 1 else ""
+        basis = f"{against(us)}{made}{of_any}, {when}"
         is_short = max(time.device for time in times) <= SHORT_US.get(device.type, 0.0)
         near = NEAR_WHEN_SHORT if is_short else NEAR
-        sure = alike and known and (found >= wanted * near or speedup(times, cuda_graphs) <= wanted / near)
-        return Prediction(found, basis, sure=sure, calibrated=times if alike and profile.is_own else None)
-    curves = profile.speedups(family, alternative, heads, cuda_graphs, making) if alike else []
+        sure = alike and known and (faster >= wanted * near or speedup(times, cuda_graphs) <= wanted / near)
+        return Prediction(faster, basis, sure=sure, us=us, calibrated=times if alike and profile.is_own else None)
+    if not alike:
+        return None
+    curves = [curve for heads in counts for curve in profile.speedups(family, alternative, heads, cuda_graphs, making)]
     if not curves:
         return None
     at_most_tokens = min(curve[-1][1] for curve in curves)
@@ -146,10 +167,27 @@ def predict(
     return Prediction(at_most_tokens, f"from {max(crossings)} tokens on, {when}", max(crossings), sure=known)
 
 
+def _counts(site: AttentionSite, measured: Sequence[int]) -> list[int]:
+    """Numbers of heads in all that the site may have, rising: its own, or where that is a symbol what was `measured` of
+    as many as one sequence has or more; none if nothing was.
+    """
+    if isinstance(site.batch, int) and isinstance(site.heads, int):
+        least, more = site.batch * site.heads, []
+    else:
+        least = site.heads if isinstance(site.heads, int) else measured[0]
+        more = [heads for heads in measured if heads > least]
+    return [least, *more] if least >= measured[0] else []
+
+
 def families_of(site: AttentionSite) -> list[Family]:
     """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long."""
     alike = [site.dtype, *(["bfloat16"] if (site.device_type, site.dtype) == ("cuda", "float16") else [])]
     return [Family(dtype, site.head_dim, site.is_causal) for dtype in alike]
+
+
+def against(us: tuple[float, float]) -> str:
+    """Of SDPA and another: `72 us against 5.18 ms`."""
+    return f"{shown(us[1])} against {shown(us[0])}"
 
 
 def shown(us: float) -> str:

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sagecompile.formats import fusing_devices
 from sagecompile.site import AttentionSite, Prologue
 
-from . import Alternative, Prediction, beyond_a_copy_us, families_of, host, profiles, shown, store
-from .profile import FASTER_HOST, Profile, Time, averaged, speedup, without_stalls
+from . import Alternative, Prediction, against, beyond_a_copy_us, families_of, host, profiles, store
+from .profile import FASTER_HOST, Profile, Time, averaged, counted_us, without_stalls
 from .prologues import SDPA
 from .race import BUDGET_S, Ops, fusing_of, race
 from .timer import MOST_WAITED, waited_s
@@ -93,8 +93,9 @@ class Local:
             if alternative in fusing:
                 more = beyond_a_copy_us(site, heads, str(self.machine["device"]))
                 before = before._replace(device=before.device + more)
-            faster = speedup((before, after), self.cuda_graphs, fastest_host)
-            predictions[alternative] = Prediction(faster, f"measured here at {shape}, {date}", measured=True)
+            us = counted_us((before, after), self.cuda_graphs, fastest_host)
+            basis = f"{against(us)}, measured here at {shape}, {date}"
+            predictions[alternative] = Prediction(us[0] / us[1], basis, measured=True, us=us)
         return predictions
 
     @property
@@ -112,13 +113,16 @@ class Local:
         return (sdpa, other) if sdpa and other else None
 
     def _fastest_host(self, site: AttentionSite, sdpa: Time, alternatives: Sequence[Alternative]) -> float | None:
-        """After a race that timed a launch of SDPA's that the profile has: of a family that it knows, at any lengths,
+        """After a race that timed a launch of SDPA's that the profile has: of self-attention of a family that it knows,
         with both prologues or none.
         """
         profile, fused = self._profile, bool(fusing_of(site, alternatives))
         if profile is None or self._launches(site, alternatives) != (SDPA,) or not sdpa.launch:
             return None
-        if profile.families.isdisjoint(families_of(site)) or (fused and Prologue() in (site.prologues or ())):
+        is_alike = (
+            site.q_len == site.kv_len and site.heads == site.kv_heads and profile.families & set(families_of(site))
+        )
+        if not is_alike or (fused and Prologue() in (site.prologues or ())):
             return None
         return host.fastest(self.machine, profile.date, sdpa.launch / profile.launch(SDPA, fused))
 
@@ -127,7 +131,7 @@ class Local:
         if not self.may_measure:
             return "sage.measure is false"
         if not _has_fixed_sizes(site):
-            return "sizes that change are not measured while compiling"
+            return "sizes that change are not measured while compiling, numbers are"
         if site.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "not measured while a CUDA graph is captured"
         smaller = _shrink(site, alternatives)
@@ -160,11 +164,13 @@ class Local:
         fastest_host = self._fastest_host(smaller, times[SDPA], tuple(predicted))
         where = smaller.batch * smaller.heads, smaller.shape, _today(), fastest_host
         raced = {alternative: Raced(times[SDPA], times[" ".join(alternative)], *where) for alternative in predicted}
-        took = ", ".join(f"{name} {shown(time.device)}" for name, time in times.items())
-        logger.info("measured %s %s on %s: %s", site.shape, site.dtype, self.machine["device"], took)
         known = (store.recall(self.key(site), _read) or {}) | raced
         store.remember(self.key(site), {"times": {" ".join(which): times for which, times in known.items()}})
-        return self.recall(site)
+        found = self.recall(site)
+        for (format, provider), prediction in found.items():
+            said = f"{prediction.speedup:.2f}x for {format} by {provider} ({prediction.basis})"
+            logger.info("%s %s on %s: %s", site.shape, site.dtype, self.machine["device"], said)
+        return found
 
     def _races(
         self, site: AttentionSite, alternatives: Sequence[Alternative], calibrated: Mapping[str, Time]

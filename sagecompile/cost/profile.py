@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date as Date
 from functools import cached_property
 from itertools import chain
 from statistics import fmean, geometric_mean, median_low
@@ -131,11 +132,16 @@ class Profile:
         """From JSON; ValueError, KeyError or TypeError where it is none of this schema."""
         if stored["schema"] != SCHEMA:
             raise ValueError(f"schema {stored['schema']}: this version reads {SCHEMA}")
+        if not isinstance(stored["device"], str):
+            raise TypeError(f"device {stored['device']}: not a name")
+        Date.fromisoformat(stored["date"])
         points = tuple(
             Point(Family(**{name: group[name] for name in Family._fields}), int(heads), int(length), _all_positive(us))
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
+        if any(SDPA not in point.us for point in points):
+            raise ValueError("times without SDPA's")
         return cls(
             stored["device"], stored["date"], points, _all_positive(stored["launch_us"]), PrologueCosts.read(stored),
             stored["threads"], source,
@@ -156,9 +162,9 @@ class Profile:
         kinds = ((family, alternative, known) for known in (kind, LITTLE, 0))
         return next((self._lines[key] for key in kinds if key in self._lines), {})
 
-    def fewest_heads(self, family: Family, alternative: str) -> int | None:
-        """That something is known of; None if nothing is."""
-        return min(self._of(family, alternative, 0), default=None)
+    def heads(self, family: Family, alternative: str) -> list[int]:
+        """In all, of which something is known, rising."""
+        return sorted(self._of(family, alternative, 0))
 
     def times(
         self, family: Family, alternative: str, heads: int, length: float, making: Making | None = None

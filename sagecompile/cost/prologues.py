@@ -60,11 +60,14 @@ class PrologueCosts:
         """From a profile's JSON; ValueError, KeyError or TypeError where it is none."""
 
         def sizes(known: Iterable[Any]) -> Sizes:
-            return tuple((int(positive(size)), positive(us)) for size, us in known)
+            found = tuple((int(positive(size)), positive(us)) for size, us in known)
+            if not found:
+                raise ValueError("no sizes")
+            return found
 
         return cls(
             {
-                (row["kind"], row["head_dim"]): {name: sizes(known) for name, known in row["size_us"].items()}
+                (row["kind"], row["head_dim"]): {name: sizes(known) for name, known in dict(row["size_us"]).items()}
                 for row in stored["prologues"]
             }
         )

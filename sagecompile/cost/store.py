@@ -38,10 +38,18 @@ def folder() -> Path:
         return Path(tempfile.gettempdir(), "sagecompile", "measured")
 
 
+def files(folder: Path) -> list[Path]:
+    """The JSON files in a folder; none where it is not there, or not for us."""
+    try:
+        return sorted(folder.glob("*.json"))
+    except OSError:
+        return []
+
+
 def forget() -> None:
     """Everything that any process remembered."""
     _known.clear()
-    for file in folder().glob("*.json"):
+    for file in files(folder()):
         file.unlink(missing_ok=True)
 
 
@@ -94,15 +102,15 @@ def remember(key: Mapping[str, Any], found: dict[str, Any]) -> None:
 def why_not() -> str | None:
     """Why nothing could be kept, as far as permissions tell, or None."""
     place = folder()
-    while not place.exists():
+    while not os.path.exists(place):  # unlike Path.exists, False where one may not look
         place = place.parent
-    return None if place.is_dir() and os.access(place, os.W_OK) else f"{place} cannot be written to"
+    return None if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
 
 
 def count(facts: Mapping[str, Any], without: Collection[str] = ()) -> int:
     """How many measurements hold for these facts, which are parts of their keys; `without`: what no part may be."""
     found = 0
-    for file in folder().glob("*.json"):
+    for file in files(folder()):
         try:
             stored = json.loads(file.read_text())
             key = stored["key"] if stored["schema"] == SCHEMA else {}

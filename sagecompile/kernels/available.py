@@ -78,7 +78,8 @@ def _cpu_name() -> str:
     lines = build.CPUINFO.read_text().splitlines() if build.CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    kind = next((kind for feature, kind in CPU_KINDS.items() if feature in build.features()), None)
+    features = build.features()
+    kind = next((kind for feature, kind in CPU_KINDS.items() if feature in features), None)
     return f"{name} ({kind})" if kind else name
 
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from sagecompile import explain
+from sagecompile.backend import measurements
 from sagecompile.cli import doctor, main
+from sagecompile.cost import store
 from sagecompile.kernels import available
 from sagecompile.site import Device
 
@@ -113,6 +115,20 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "reference     works" in text and f"{cpu['measured']} measurements that hold for these versions" in text
+
+
+def test_doctor_says_what_is_kept_and_where(capsys, monkeypatch, tmp_path):
+    """Not what `calibrate` keeps to go on with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = measurements("cpu", cuda_graphs=False).machine
+    store.remember(dict(machine) | {"q_len": 90}, {"times": {}})
+    store.remember(dict(machine) | {"q_len": 91, "calibration": 0}, {"times": {}})
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "1 measurements that hold" in text and "not kept" not in text
+    monkeypatch.setattr(store, "why_not", lambda: "/there cannot be written to")
+    assert main(["doctor"]) == 0
+    assert "not kept: /there cannot be written to, so every process measures again" in capsys.readouterr().out
 
 
 def test_doctor_says_what_slow_launches_need(capsys, monkeypatch):
