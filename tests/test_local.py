@@ -132,6 +132,21 @@ class TestMeasure:
         (found,) = machine(cuda_graphs).measure(SITE, unpredicted(ACCURATE)).values()
         assert found.speedup == pytest.approx(speedup) and races[0][-1] == timed
 
+    def test_what_was_raced_for_a_cuda_graph_is_raced_again_without(self, races, profile, monkeypatch):
+        """As nobody timed a launch, by which this host is seen."""
+        profile()
+        hopper = ("qk_int8_pv_fp16", "hopper")
+        monkeypatch.setitem(TIMES, hopper, TIMES[ACCURATE])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        site = replace(self.PLAIN, device="cuda:0")
+        assert machine(cuda_graphs=True).measure(site, unpredicted(hopper))
+        assert machine(cuda_graphs=False).recall(site) == {}
+        monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 300.0))
+        assert machine(cuda_graphs=False).measure(site, unpredicted(hopper))
+        for cuda_graphs, speedup in ((True, 100 / 250), (False, 0.9 * 300 / 250)):
+            (found,) = machine(cuda_graphs).recall(site).values()
+            assert found.speedup == pytest.approx(speedup)
+
     def test_this_host_is_seen_by_launches_of_sdpa(self, races, profile, monkeypatch):
         """With a margin of a tenth in nine races; of ten the second counts. What was decided once stays so."""
         profile()
@@ -201,7 +216,7 @@ class TestMeasure:
         assert found.speedup == pytest.approx(1.5) and races[0][-1] is None
 
     def test_a_race_without_launches_says_nothing_without_the_profile(self, races, monkeypatch):
-        monkeypatch.setitem(TIMES, "sdpa", Time(300.0))
+        monkeypatch.setitem(TIMES, "sdpa", Time(300.0, 10.0))
         monkeypatch.setitem(TIMES, ACCURATE, Time(100.0))
         on_gpu = replace(SITE, device="cuda:0")
         profile = Profile("some CPU", "2026-11-22", (), {"sdpa": 10.0, "qk_int8_pv_fp16 cpu": 10.0})
