@@ -53,19 +53,27 @@ def sage_inductor(
     or impossible `sage.` option.
     """
     ours, inductor_options = settings.resolve(options)
-    inductor = _inductor(mode, inductor_options)
+    decision = decider(ours, _is_captured(ours, _inductor(mode, inductor_options)))
     dump(gm, "before")
-    done = passes.run(gm, decider(ours, _is_captured(ours, inductor)), fusing(ours))
+    before = len(_guards())
+    done = passes.run(gm, decision, fusing(ours))
     dump(gm, "after")
     logger.info(done.summary())
     logger.debug("\n%s", done)
     report.record(done)
-    return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+    return _inductor(mode, inductor_options, _guards()[before:])(gm, example_inputs)  # type: ignore[no-any-return]
 
 
-def _inductor(mode: str | None, options: dict[str, Any]) -> Any:
+def _inductor(mode: str | None, options: dict[str, Any], guards: Sequence[str] = ()) -> Any:
     """Inductor as torch.compile itself would call it, with its own checks of mode and options."""
-    return torch._TorchCompileInductorWrapper(mode, _with_source_stamp(options), None)
+    return torch._TorchCompileInductorWrapper(mode, _with_stamp(options, Stamp(tuple(guards))), None)
+
+
+def _guards() -> list[str]:
+    """Of the sizes of the graph that Dynamo is compiling."""
+    context = torch._guards.TracingContext.try_get()
+    shape_env = context.fake_mode.shape_env if context and context.fake_mode else None
+    return [str(guard.expr) for guard in shape_env.guards] if shape_env else []
 
 
 def _is_captured(ours: Settings, inductor: Any) -> bool:
@@ -174,19 +182,27 @@ def _copy(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-class SourceStamp(CustomGraphPass):
-    """A pass that changes nothing: its uuid puts our sources into the key of Inductor's and AOTAutograd's caches."""
+class Stamp(CustomGraphPass):
+    """A pass that changes nothing: its uuid puts our sources and guards into the key of Inductor's and AOTAutograd's
+    caches.
+
+    What they keep of a graph has its guards with it: without ours in the key, the next to compile the same graph, by
+    another crossing or none, would be guarded by the old one.
+    """
+
+    def __init__(self, guards: tuple[str, ...] = ()) -> None:
+        self.guards = guards
 
     def __call__(self, graph: Graph) -> None:
         pass
 
     def uuid(self) -> str:
-        return source_hash()
+        return " & ".join([source_hash(), *self.guards])
 
 
-def _with_source_stamp(options: dict[str, Any]) -> dict[str, Any]:
+def _with_stamp(options: dict[str, Any], stamp: Stamp) -> dict[str, Any]:
     defaults = torch._inductor.config
     for slot in PASS_SLOTS:
         if options.get(slot) is None and getattr(defaults, slot) is None:
-            return {**options, slot: SourceStamp()}
+            return {**options, slot: stamp}
     return options

@@ -36,10 +36,7 @@ def long_enough(decided: Sequence[tuple[AttentionSite, Decision]], reaches: Reac
             asked = (reaches(length, crossing) for length in _symbols(site).values())
             answers[names] = next((answer for answer in asked if not answer), True)
         if answers[names] is None:
-            needs = (
-                f"needs to know of {crossing}, as by torch._dynamo.mark_dynamic with min={crossing} or without a range"
-            )
-            return Keep(f"tokens {site.shape}: {needs}")
+            return Keep(f"range begins below {crossing} tokens: mark_dynamic with min={crossing}, or without a range")
         return _from(decision, crossing) if answers[names] else _too_short(decision, crossing)
 
     return [judged(site, decision) for site, decision in decided]

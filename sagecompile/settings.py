@@ -74,6 +74,8 @@ def _parse(name: str, value: Any) -> Any:
             return float(value)
         except (TypeError, ValueError):
             raise OptionError(f"sage.min_speedup is {value!r}; it is a number such as 1.05") from None
+    if name == "policy" and isinstance(value, str):
+        return value.lower()
     if name in ("measure", "cuda_graphs"):
         if str(value).lower() not in SWITCH:
             raise OptionError(f"sage.{name} is {value!r}; it can be {', '.join(SWITCH)}")

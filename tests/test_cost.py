@@ -456,10 +456,11 @@ class TestFiles:
             {"prologues": [{"kind": "half", "head_dim": 64, "size_us": {SDPA: []}}]},
             {"prologues": [{"kind": "half", "head_dim": 64, "size_us": 1}]},
             {"points": [{"dtype": "float16", "head_dim": 64, "is_causal": False, "heads_length_us": [[1, 2, {}]]}]},
+            {"points": []},
             {"device": ["x"]},
             {"date": "soon"},
         ],
-        ids=["sizes and date", "no sizes", "a number for sizes", "no SDPA", "device", "date"],
+        ids=["sizes and date", "no sizes", "a number for sizes", "no SDPA", "no points", "device", "date"],
     )
     def test_what_is_no_profile_is_refused(self, change):
         machine = {"device": "GPU", "threads": None, "date": "2026-01-01"}

@@ -102,8 +102,9 @@ def render(found: dict[str, Any]) -> str:
         if device["profile"]:
             date, source = device["profile"]["date"], device["profile"]["source"]
             age = (datetime.date.today() - datetime.date.fromisoformat(date)).days
+            other = "measures" if found["settings"]["measure"] else "keeps"
             lines.append(
-                f"  profile of {date}, {age} days old, {source}: policy=auto goes by it, and measures other shapes"
+                f"  profile of {date}, {age} days old, {source}: policy=auto goes by it, and {other} other shapes"
             )
         else:
             lines.append("  no profile: policy=auto measures each shape when it is first compiled, and remembers it;")

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dump:
             from sagecompile.dump import dumping
 
+            if arguments.dump.exists() and not arguments.dump.is_dir():
+                raise SageCompileError(f"--dump {arguments.dump} is a file: it needs a folder")
             stack.enter_context(dumping(arguments.dump))
         if arguments.target.endswith(".py"):
             report = _of_script(arguments.target, arguments.rest, arguments.policy)

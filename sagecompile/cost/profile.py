@@ -140,8 +140,8 @@ class Profile:
             for group in stored["points"]
             for heads, length, us in group["heads_length_us"]
         )
-        if any(SDPA not in point.us for point in points):
-            raise ValueError("times without SDPA's")
+        if not points or any(SDPA not in point.us for point in points):
+            raise ValueError("no times, or some without SDPA's")
         return cls(
             stored["device"], stored["date"], points, _all_positive(stored["launch_us"]), PrologueCosts.read(stored),
             stored["threads"], source,

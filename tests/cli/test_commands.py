@@ -71,6 +71,12 @@ def test_explain_script_with_its_arguments(capsys):
     assert "1x2x100x64" in out and "script.py:5" in out
 
 
+def test_a_file_is_no_folder_to_dump_into(folder, capsys):
+    (folder / "taken").write_text("")
+    assert main(["explain", "cli_models:make", "--dump", "taken"]) == 2
+    assert "--dump taken is a file: it needs a folder" in capsys.readouterr().err
+
+
 def test_dump_writes_the_graphs_before_and_after(folder):
     assert main(["explain", "cli_models:make", "--policy", "always", "--dump", "dumped"]) == 0
     before = (folder / "dumped/graph_0.before.py").read_text()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import fresh_cache
 
 from sagecompile import cost, explain, formats
 from sagecompile.cost.profile import Family, Point, Profile
@@ -30,27 +31,47 @@ def attend(q):
     return F.scaled_dot_product_attention(q, q, q)
 
 
+def marked(length, **promised):
+    x = torch.randn(2, 4, length, 32)
+    torch._dynamo.mark_dynamic(x, 2, **promised)
+    return x
+
+
 @pytest.mark.parametrize(
     ("promised", "reason"),
     [
         ({}, None),
         ({"min": 64, "max": 4096}, None),
-        ({"min": 16, "max": 4096}, "tokens 2x4xs"),
+        ({"min": 16, "max": 4096}, "range begins below 64 tokens: mark_dynamic with min=64, or without a range"),
     ],
     ids=["no range", "all of it wins", "some of it wins"],
 )
 def test_a_promised_range_is_not_narrowed(promised, reason):
     """Dynamo raises for a guard that some sizes of the range would fail."""
-    x = torch.randn(2, 4, 100, 32)
-    torch._dynamo.mark_dynamic(x, 2, **promised)
     with torch.no_grad():
-        (entry,) = explain(attend, x).entries
+        (entry,) = explain(attend, marked(100, **promised)).entries
     assert not isinstance(entry.site.q_len, int)
     if reason is None:
         assert isinstance(entry.decision, Use)
     else:
-        assert entry.decision.reason.startswith(reason)
-        assert "needs to know of 64, as by torch._dynamo.mark_dynamic with min=64" in entry.decision.reason
+        assert entry.decision.reason == reason
+
+
+@pytest.mark.parametrize("policy", ["auto", "always", "never"])
+def test_no_guard_of_ours_comes_back_from_inductors_caches(policy):
+    """Of the same graph, compiled before by a crossing: into a range that no guard may narrow, or by no crossing."""
+    options = {"sage.policy": policy}
+    with fresh_cache(), torch.no_grad():
+        for length in (33, 100):  # kept below 64, used from there on
+            torch.compile(attend, backend="sage_inductor")(marked(length))
+            torch._dynamo.reset()
+        for length in (33, 100):
+            compiled = torch.compile(attend, backend="sage_inductor", options=options)
+            with recording() as reports:
+                compiled(marked(length, min=16, max=4096))
+                compiled(torch.randn(2, 4, 133 - length, 32))
+            assert len(reports) == 1
+            torch._dynamo.reset()
 
 
 def test_lengths_of_their_own_have_a_graph_for_each_set_of_answers():

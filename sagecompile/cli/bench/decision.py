@@ -135,7 +135,10 @@ def _with_prologues(
 
 
 def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
-    """Self-attention of random sizes, all different, lengths as likely short as long."""
+    """Attention of random sizes, all different, lengths as likely short as long.
+
+    In one of three queries share KV heads; one of six is cross-attention, to keys of another number.
+    """
     numbers, drawn, before = random.Random(seed), DRAWN[device.partition(":")[0]], set[AttentionSite]()
     while count:
         low, high = drawn.lengths
@@ -146,7 +149,11 @@ def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
         shape = Shape(dtype, head_dim, is_causal, length, batch, heads)
         made = numbers.choice(drawn.prologues)
         site = replace(shape.site(torch.device(device)), prologues=made and (made, made))
-        if shape.flops <= drawn.flops and site not in before:
+        if numbers.random() < 1 / 3:
+            site = replace(site, kv_heads=max(1, heads // 4))
+        elif not is_causal and made is None and numbers.random() < 1 / 2:
+            site = replace(site, kv_len=numbers.choice((77, 256, 2 * length)))
+        if site.flops <= drawn.flops and site not in before:
             before.add(site)
             yield site
             count -= 1
