@@ -577,12 +577,18 @@ class TestStore:
         forget(monkeypatch)
         assert machine().recall(SITE) == {} and not file.exists()
 
-    def test_an_older_schema_is_measured_again(self, folder):
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [({"schema": 0}, "schema 0: this version reads"), ({"key": {"q_len": 1}}, "it is of something else")],
+    )
+    def test_one_of_an_older_schema_or_of_something_else_is_set_aside_too(self, folder, caplog, change, why):
         store.remember(KEY, {"times": {}})
         (file,) = folder.glob("*.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
         store._known.clear()
-        assert store.recall(KEY, dict) is None and file.exists()
+        with caplog.at_level(logging.WARNING, "sagecompile"):
+            assert store.recall(KEY, dict) is None
+        assert not file.exists() and file.with_suffix(".bad").exists() and why in caplog.text
 
     def test_a_folder_that_cannot_be_used_costs_a_warning(self, tmp_path, monkeypatch, caplog):
         (tmp_path / "file").touch()

@@ -64,7 +64,8 @@ def positive(number: Any) -> float:
 def recall(key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | None:
     """What was remembered under this key, as `read` makes it.
 
-    A file with anything else in it, on which that raises ValueError, KeyError or TypeError, is set aside and named.
+    A file of another schema or with anything else in it, on which that raises ValueError, KeyError or TypeError, is set
+    aside and named.
     """
     file = _file(key)
     if str(file) in _known:
@@ -73,8 +74,10 @@ def recall(key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | N
         stored = json.loads(file.read_text())
         if not isinstance(stored, dict) or not isinstance(stored["found"], dict):
             raise ValueError("no measurement in it")
-        if stored.get("schema") != SCHEMA or stored.get("key") != dict(key):
-            return None
+        if stored.get("schema") != SCHEMA:
+            raise ValueError(f"schema {stored.get('schema')}: this version reads {SCHEMA}")
+        if stored.get("key") != dict(key):
+            raise ValueError("it is of something else")
         found = read(stored["found"])
     except OSError:  # not there, or not for us
         return None
