@@ -147,6 +147,19 @@ class TestMeasure:
             (found,) = machine(cuda_graphs).recall(site).values()
             assert found.speedup == pytest.approx(speedup)
 
+    def test_one_that_the_profile_does_not_know_leaves_the_others_known(self, races, profile, monkeypatch):
+        """Its launch is timed, theirs are the profile's."""
+        profile()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setitem(TIMES, "sdpa", Time(100.0, 300.0))
+        unknown = ("qk_int8_pv_fp16", "triton")
+        monkeypatch.setitem(TIMES, unknown, Time(250.0, 400.0))
+        site, here = replace(self.PLAIN, device="cuda:0"), machine(cuda_graphs=False)
+        here.measure(site, unpredicted(ACCURATE))
+        here.measure(site, unpredicted(unknown))
+        assert [launches for _, _, launches in races] == [("sdpa",), None]
+        assert here.recall(site).keys() == {ACCURATE, unknown}
+
     def test_this_host_is_seen_by_launches_of_sdpa(self, races, profile, monkeypatch):
         """With a margin of a tenth in nine races; of ten the second counts. What was decided once stays so."""
         profile()

@@ -81,17 +81,18 @@ class Local:
         """
         found = store.recall(self.key(site), _read) if _has_fixed_sizes(site) else None
         profile, fusing = self._profile, fusing_of(site, found or ())
-        timed = self._launches(site, tuple(found or ()))
+        is_shipped = profile is not None and not profile.is_own
+        launches_count = site.device_type == "cuda" and not self.cuda_graphs
         predictions = {}
         for alternative, (before, after, heads, shape, date, seen) in (found or {}).items():
-            if site.device_type == "cuda" and not self.cuda_graphs:
-                if (timed is None and not after.launch) or (timed == (SDPA,) and not before.launch):
-                    continue  # it was raced for a CUDA graph, or by another profile: once more, with launches
             quiet_us = self._quiet_us(alternative, bool(fusing))
+            timed = (before.launch or not is_shipped) if quiet_us else after.launch
+            if launches_count and not timed:
+                continue  # it was raced for a CUDA graph, or by another profile: once more, with launches
             fastest_host = profile.fastest_host if profile else FASTER_HOST
             if quiet_us:
                 before, after = before._replace(launch=quiet_us[0]), after._replace(launch=quiet_us[1])
-                fastest_host = seen if seen and profile and not profile.is_own else fastest_host
+                fastest_host = seen if seen and is_shipped else fastest_host
             if alternative in fusing:
                 more = beyond_a_copy_us(site, heads, str(self.machine["device"]))
                 before = before._replace(device=before.device + more)

@@ -137,7 +137,8 @@ def _with_prologues(
 def draw(device: str, count: int, seed: int) -> Iterator[AttentionSite]:
     """Attention of random sizes, all different, lengths as likely short as long.
 
-    In one of three queries share KV heads; one of six is cross-attention, to keys of another number.
+    In one of three queries share KV heads; of the others half of those neither causal nor behind prologues are
+    cross-attention, to keys of another number.
     """
     numbers, drawn, before = random.Random(seed), DRAWN[device.partition(":")[0]], set[AttentionSite]()
     while count:
