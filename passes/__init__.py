@@ -22,9 +22,9 @@ from .graph import with_subgraphs
 from .guards import reaches
 from .match import find
 from .rewrite import rewrite
-from .shield import shield_softmax
+from .shield import shield
 
-__all__ = ["find", "rewrite", "run", "shield_softmax"]
+__all__ = ["find", "rewrite", "run", "shield"]
 
 
 def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], fusing: Collection[str] = ()) -> Report:
@@ -37,7 +37,7 @@ def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], fusing: Co
     decided = list(zip(matches, decisions, strict=True))
     rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
     for graph in with_subgraphs(gm.graph):
-        shield_softmax(graph)
+        shield(graph)
         if graph.owning_module is not None:
             graph.owning_module.recompile()
     return Report(tuple(Entry(match.site, decision) for match, decision in decided))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from .graph import argument, calls, tensor
+from .layout import Layout
 from .operand import Operand, peel
 
 
@@ -50,13 +51,13 @@ def read(node: Any) -> Contraction | None:
 
 
 def _product(node: fx.Node, left: Any, right: Any) -> Contraction | None:
+    """Of two matrices, or of as many as the dims in front of them say, broadcast like torch.matmul's."""
     a, b = tensor(left), tensor(right)
-    if a is None or b is None or a.dim() != b.dim() or a.dim() < 2:
+    if a is None or b is None or min(a.dim(), b.dim()) < 2:
         return None
-    batch = string.ascii_uppercase[: a.dim() - 2]
-    if [str(size) for size in a.shape[:-2]] != [str(size) for size in b.shape[:-2]]:
-        return None
-    return Contraction(node, "matmul", left, right, f"{batch}ik", f"{batch}kj", f"{batch}ij")
+    batch = string.ascii_uppercase[: max(a.dim(), b.dim()) - 2]
+    left_batch, right_batch = (batch[len(batch) - found.dim() + 2 :] for found in (a, b))
+    return Contraction(node, "matmul", left, right, f"{left_batch}ik", f"{right_batch}kj", f"{batch}ij")
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
@@ -84,7 +85,8 @@ def _einsum(node: fx.Node) -> Contraction | None:
     sizes: dict[str, str] = {}
     for text, found in zip(labels, tensors, strict=True):
         for label, size in zip(text, found.shape, strict=True):  # type: ignore[union-attr]
-            if sizes.setdefault(label, str(size)) != str(size):
+            held = sizes.setdefault(label, str(size))
+            if held != str(size) and not (label in out and "1" in (held, str(size))):
                 return None
     return Contraction(node, "einsum", operands[0], operands[1], labels[0], labels[1], out)
 
@@ -97,45 +99,78 @@ class Roles:
     k: Operand
     v: Operand
     out_order: tuple[int, ...]
-    """Dim i of the result is dim out_order[i] of (batch..., tokens, head_dim)."""
+    """Dim i of the result is dim out_order[i] of (batch..., heads..., tokens, head_dim)."""
+    leading: Operand
+    """The one of them whose batch and heads the result has."""
 
 
-def assign_roles(scores: Contraction, weighted: Contraction, weights: fx.Node) -> Roles | None:
-    """Who is who, if the two contractions are an attention; `weights` is what the second one reads of the first."""
-    labels = scores.out_labels
-    key = labels[-1:]  # the softmax runs over the last dim of the scores
+def key_and_query(scores: Contraction, key: str) -> tuple[str, str] | None:
+    """Which dims of the scores are the keys, as the softmax over them says, and the queries; None if there are none."""
+    own = scores.right_labels if key in scores.right_labels else scores.left_labels
+    other = scores.left_labels if own is scores.right_labels else scores.right_labels
+    if key in other or key not in own:
+        return None
+    queries = [label for label in scores.out_labels if label in other and label not in own]
+    return (key, queries[-1]) if queries else None  # those before are heads that share one KV head
+
+
+def assign_roles(
+    scores: Contraction, weighted: Contraction, weights: fx.Node, layout: Layout, key: str
+) -> Roles | None:
+    """Who is who, if the two contractions are an attention over the dim `key` of the scores.
+
+    `weights` is what the second one reads of the first, `layout` says which of its dims are which of the scores'.
+    """
+    found = key_and_query(scores, key)
+    if found is None:
+        return None
+    _, query = found
     q_first = key in scores.right_labels
     q_node, q_labels = (scores.left, scores.left_labels) if q_first else (scores.right, scores.right_labels)
     k_node, k_labels = (scores.right, scores.right_labels) if q_first else (scores.left, scores.left_labels)
-    batch = [label for label in labels if label in q_labels and label in k_labels]
-    query = [label for label in labels if label in q_labels and label not in k_labels]
-    inner = [label for label in q_labels if label in k_labels and label not in labels]
-    if len(query) != 1 or len(inner) != 1 or len(batch) + 2 != len(labels) or key in q_labels:
+    leading = [label for label in scores.out_labels if label not in (key, query)]
+    inner = [label for label in q_labels if label in k_labels and label not in scores.out_labels]
+    if len(inner) != 1 or not set(q_labels) <= {*leading, query, inner[0]}:
         return None
-    if len(q_labels) != len(labels) or len(k_labels) != len(labels):
+    if not set(k_labels) <= {*leading, key, inner[0]}:
         return None
 
-    if weighted.left is weights:
-        own, v_node, v_labels = weighted.left_labels, weighted.right, weighted.right_labels
+    if weighted.left is weighted.right or weights not in (weighted.left, weighted.right):
+        return None
+    w_first = weighted.left is weights
+    w_labels, v_labels = weighted.left_labels, weighted.right_labels
+    if not w_first:
+        w_labels, v_labels = v_labels, w_labels
+    v_node = weighted.right if w_first else weighted.left
+    v_leading = layout.as_regrouped("".join(leading))
+    if v_leading is None or sorted(layout.dims) != sorted([key, query, *v_leading]):
+        return None
+    there = dict(zip(layout.dims, w_labels, strict=True))  # the label of the same dim in the second contraction
+    value = [label for label in v_labels if label not in w_labels]
+    if len(value) != 1 or there[query] in v_labels:
+        return None
+    if there[key] not in v_labels or there[key] in weighted.out_labels:
+        return None
+    result = [*(there[label] for label in v_leading), there[query], value[0]]
+    if set(weighted.out_labels) != set(result) or len(weighted.out_labels) != len(result):
+        return None
+
+    if layout.regrouped:
+        shared, groups, head_dims = leading, [], 0  # all of it is the batch, as only the whole is known to be the same
+        if not all(label in q_labels and label in k_labels for label in leading):
+            return None
     else:
-        own, v_node, v_labels = weighted.right_labels, weighted.left, weighted.left_labels
-    if len(own) != len(labels) or weighted.left is weighted.right:
-        return None
-    to_weighted = dict(zip(labels, own, strict=True))  # a letter of the scores to the letter of the same dim there
-    value = [label for label in v_labels if label not in own]
-    v_batch, v_key, v_query = [to_weighted[b] for b in batch], to_weighted[key], to_weighted[query[0]]
-    if len(value) != 1 or set(v_labels) != {*v_batch, v_key, value[0]} or len(v_labels) != len(labels):
-        return None
-    if set(weighted.out_labels) != {*v_batch, v_query, value[0]}:
-        return None
-    result = [*v_batch, v_query, value[0]]
-    return Roles(
-        q=_operand(q_node, q_labels, [*batch, query[0], inner[0]]),
-        k=_operand(k_node, k_labels, [*batch, key, inner[0]]),
-        v=_operand(v_node, v_labels, [*v_batch, v_key, value[0]]),
-        out_order=tuple(result.index(label) for label in weighted.out_labels),
-    )
+        groups = [label for label in leading if label not in k_labels and there[label] not in v_labels]
+        shared = [label for label in leading if label not in groups]
+        head_dims = 1 if len(shared) > 1 else 0
+    q = _operand(q_node, q_labels, [*shared, *groups, query, inner[0]], head_dims + len(groups))
+    k = _operand(k_node, k_labels, [*shared, key, inner[0]], head_dims)
+    v_shared = [*v_leading] if layout.regrouped else shared
+    v = _operand(v_node, v_labels, [*(there[label] for label in v_shared), there[key], value[0]], head_dims)
+    order = [*(there[label] for label in [*v_shared, *groups]), there[query], value[0]]
+    return Roles(q, k, v, tuple(order.index(label) for label in weighted.out_labels), v if layout.regrouped else q)
 
 
-def _operand(node: fx.Node, labels: str, wanted: list[str]) -> Operand:
-    return peel(Operand(node, tuple(labels.index(label) for label in wanted)))
+def _operand(node: fx.Node, labels: str, wanted: list[str], head_dims: int) -> Operand:
+    order = tuple(labels.index(label) if label in labels else None for label in wanted)
+    return peel(Operand(node, order, head_dims))

@@ -7,7 +7,7 @@ that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -25,7 +25,10 @@ IN_PLACE_OPERATORS = frozenset(
 """Of the module `operator`; as methods, with two underscores on each side."""
 TRANSPARENT = ("tag_activation_checkpoint", "cond", "invoke_subgraph")
 """Higher-order ops whose subgraphs run as if they stood there: a checkpointed block, the branches of a condition."""
-CASTS = ("to", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
+CASTS = ("to", "_to_copy", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
+RESHAPES = "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as _unsafe_view".split()
+"""Calls that hold the same elements in the same (row-major) order under another shape."""
+UNKNOWN_LINE = "(unknown)"
 COPIED_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -60,8 +63,17 @@ def holds_tensors(node: Any) -> bool:
 
 
 def name_of(target: Any) -> str:
-    """`softmax` for torch.softmax, F.softmax and the method alike."""
+    """`softmax` for torch.softmax, F.softmax, the method and the overload aten.softmax.int alike."""
+    target = getattr(target, "overloadpacket", target)
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def said(node: fx.Node) -> str:
+    """A call as a person would find it in the model: `masked_fill_ at bert.py:104`, `the graph's output`."""
+    if node.op == "output":
+        return "the graph's output"
+    line = source_line(node)
+    return name_of(node.target) if line == UNKNOWN_LINE else f"{name_of(node.target)} at {line}"
 
 
 def bare_name(node: fx.Node) -> str:
@@ -78,6 +90,7 @@ def calls(node: Any, *names: str) -> bool:
 
 def _is_torchs(target: Any) -> bool:
     """Not a user's function or custom op that happens to have the same name."""
+    target = getattr(target, "overloadpacket", target)
     if isinstance(target, torch._ops.OpOverloadPacket):
         return str(target._qualified_op_name).startswith("aten::")
     home = getattr(target, "__module__", None) or "torch"  # torch's built-in functions say None
@@ -138,11 +151,26 @@ def storage(found: torch.Tensor) -> int | None:
     return found.untyped_storage()._cdata if plain else None
 
 
+def is_computed(node: fx.Node) -> bool:
+    """Whether a value depends on an input of the graph that is no parameter."""
+    seen = {node}
+    waiting = [node]
+    while waiting:
+        item = waiting.pop()
+        if item.op == "placeholder" and not isinstance(tensor(item), (torch.nn.Parameter, type(None))):
+            return True
+        new = [source for source in item.all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    return False
+
+
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that matter. Dynamo leaves in the graph what the model computed and threw away."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         pure = node.op in ("call_function", "call_method") and not mutates(node) and holds_tensors(node)
+        pure = pure or calls(node, "_assert_tensor_metadata")  # export's, of what is known since
         if not pure or any(user in live for user in node.users):
             live.add(node)
     return live
@@ -192,20 +220,32 @@ def source_line(node: fx.Node) -> str:
     """`sdpa_attention.py:193`, the innermost line of the user's stack."""
     frames = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
     if not frames:
-        return "(unknown)"
+        return UNKNOWN_LINE
     file, line = frames[-1]
     return f"{PurePath(file).name}:{line}"
 
 
 class Builder:
-    """Inserts calls in front of an anchor node, with its source location and with example values of their own."""
+    """Inserts calls in front of an anchor node, with its source location and with example values of their own.
 
-    def __init__(self, anchor: fx.Node) -> None:
+    `replaced`: nodes of the graph as it was matched, with what has taken their place since. A call that is given one of
+    them gets the other, so that nobody reads what was replaced, whatever was noted before.
+    """
+
+    def __init__(self, anchor: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None = None) -> None:
         self.graph = anchor.graph
         self.anchor = anchor
+        self.replaced = replaced or {}
         self.metadata = {key: anchor.meta[key] for key in COPIED_METADATA if key in anchor.meta}
 
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """The size of a dim: an int, or the node of a symbolic one."""
+        found = tensor(node)
+        assert found is not None
+        return found.shape[dim] if isinstance(found.shape[dim], int) else self.call(torch.Tensor.size, node, dim)
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        args, kwargs = fx.map_arg((args, kwargs), lambda node: self.replaced.get(node, node))
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(function, args, kwargs)
         node.meta.update(self.metadata)

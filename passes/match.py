@@ -1,7 +1,8 @@
 """Find every attention call of a Dynamo graph, however the model writes it.
 
 In: an FX graph. Out: a list of Match in graph order, also for calls that cannot be rewritten: they carry an obstacle.
-One spelling a file: sdpa.py, unfused.py for softmax(QK^T)V, modules.py for PyTorch's own modules.
+One spelling a file: sdpa.py, unfused.py for softmax(QK^T)V, modules.py for PyTorch's own modules; unknown.py for the
+rest.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from . import prologue
 from .graph import calls, live_nodes, with_subgraphs
 from .modules import match_encoder_layer, match_functional_mha, match_native_mha
 from .pattern import Match
-from .sdpa import match_sdpa
+from .sdpa import FUSED, match_fused, match_sdpa
 from .unfused import match_unfused
+from .unknown import match_unknown
+
+
+def match_softmax(node: fx.Node, live: set[fx.Node]) -> Match | None:
+    """The attention around a softmax; one that is not understood is found all the same, and kept."""
+    return match_unfused(node, live) or match_unknown(node, live)
+
 
 SPELLINGS: dict[str, Callable[[fx.Node, set[fx.Node]], Match | None]] = {
     "scaled_dot_product_attention": match_sdpa,
-    "softmax": match_unfused,
-    "_safe_softmax": match_unfused,
+    **dict.fromkeys(FUSED, match_fused),
+    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax"), match_softmax),
     "multi_head_attention_forward": match_functional_mha,
     "_native_multi_head_attention": match_native_mha,
     "_transformer_encoder_layer_fwd": match_encoder_layer,

@@ -18,7 +18,7 @@ from torch import fx
 from . import masks
 from .graph import Builder, argument, autocast_is_on, tensor
 from .operand import Operand
-from .pattern import Attend, Match, make_site
+from .pattern import Attend, Match, first_result, make_site
 
 MHA_ARGUMENTS = (
     "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
@@ -37,17 +37,6 @@ LAYER_ARGUMENTS = (
 
 def _bind(node: fx.Node, names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: argument(node, i, name, defaults.get(name)) for i, name in enumerate(names)}
-
-
-def _first_result(node: fx.Node, live: set[fx.Node]) -> tuple[fx.Node | None, str | None]:
-    """The getitem that takes the output of an (output, weights) call, and an obstacle if the weights are used."""
-    output, obstacle = None, None
-    for user in node.users:
-        if user.target is operator.getitem and user.args[1] == 0:
-            output = output or user
-        elif user in live:
-            obstacle = f"attention weights: used elsewhere (by {user.name})"
-    return output, obstacle
 
 
 def _site(anchor: fx.Node, call: fx.Node, spelling: str, args: dict[str, Any], batch_first: bool, **facts: Any) -> Any:
@@ -100,7 +89,7 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     """F.multi_head_attention_forward, which nn.MultiheadAttention calls; query (tokens, batch, embed), or no batch."""
     defaults = {"training": True, "need_weights": True, "is_causal": False, "add_zero_attn": False}
     args = _bind(node, MHA_ARGUMENTS, {**defaults, "use_separate_proj_weight": False})
-    anchor, obstacle = _first_result(node, live)
+    anchor, obstacle = first_result(node, live, "attention weights")
     if (
         anchor is None
         or tensor(anchor) is None
@@ -157,7 +146,7 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
 def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     """torch._native_multi_head_attention; query (batch, tokens, embed)."""
     args = _bind(node, NATIVE_ARGUMENTS, {"need_weights": True})
-    anchor, obstacle = _first_result(node, live)
+    anchor, obstacle = first_result(node, live, "attention weights")
     if anchor is None or tensor(anchor) is None or tensor(args["query"]) is None or tensor(args["key"]) is None:
         return None
     mask = None if args["mask"] is None else masks.describe(args["mask"])

@@ -6,7 +6,8 @@ and whose `repeat_kv` is undone, so that K and V are quantized once per KV head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,25 +18,39 @@ from .graph import Builder, argument, calls, mutates, storage, tensor, written
 
 @dataclass(frozen=True)
 class Operand:
-    """`node`, whose dim `order[i]` is dim i of (batch..., tokens, head_dim), with zero, one or two batch dims."""
+    """`node`, whose dim `order[i]` is dim i of (batch..., heads..., tokens, head_dim)."""
 
     node: fx.Node
-    order: tuple[int, ...]
+    order: tuple[int | None, ...]
+    """None: the node lacks that dim, which is one of size 1."""
+    head_dims: int | None = None
+    """How many of the dims before the tokens are heads; None: the last one, where there is more than one."""
 
     @property
     def sizes(self) -> tuple[Any, ...]:
-        """(batch..., tokens, head_dim), with as many batch dims as the model has."""
+        """(batch..., heads..., tokens, head_dim), with as many dims as the model has."""
         found = tensor(self.node)
         assert found is not None
-        return tuple(found.shape[dim] for dim in self.order)
+        return tuple(1 if dim is None else found.shape[dim] for dim in self.order)
+
+    @property
+    def batch_and_heads(self) -> tuple[int, int]:
+        """How many dims are joined to the batch, and how many to the heads."""
+        leading = len(self.order) - 2
+        heads = (1 if leading > 1 else 0) if self.head_dims is None else self.head_dims
+        return leading - heads, heads
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """(batch, heads, tokens, head_dim); dims that the model lacks are 1, those it has too many are joined."""
-        *batch, tokens, head_dim = self.sizes
-        while len(batch) > 2:
-            batch = [batch[0] * batch[1], *batch[2:]]
-        return (*batch, *([1] * (2 - len(batch))), tokens, head_dim)
+        """(batch, heads, tokens, head_dim); what the model lacks of them is 1, what it has too many is joined."""
+        batch, _ = self.batch_and_heads
+        *leading, tokens, head_dim = self.sizes
+        return (math.prod(leading[:batch]), math.prod(leading[batch:]), tokens, head_dim)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the node has (batch, heads, tokens, head_dim), in whatever order."""
+        return None not in self.order and len(self.order) == 4 and self.batch_and_heads == (1, 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,10 +63,30 @@ class Operand:
         node = self.node
         if self.dtype != dtype:
             node = build.call(torch.Tensor.to, node, dtype)
-        if self.order != tuple(range(len(self.order))):
-            node = build.call(torch.permute, node, self.order)
-        for _ in range(4 - len(self.order)):
-            node = build.call(torch.unsqueeze, node, -3)
+        present = tuple(dim for dim in self.order if dim is not None)
+        if present != tuple(range(len(present))):
+            node = build.call(torch.permute, node, present)
+        for position, dim in enumerate(self.order):
+            if dim is None:
+                node = build.call(torch.unsqueeze, node, position)
+        batch, heads = self.batch_and_heads
+        for position, joined in ((0, batch), (1, heads)):
+            if joined == 0:
+                node = build.call(torch.unsqueeze, node, position)
+            elif joined > 1:
+                node = build.call(torch.flatten, node, position, position + joined - 1)
+        return node
+
+    def split(self, build: Builder, node: fx.Node) -> fx.Node:
+        """(batch, heads, tokens, any) as (batch..., heads..., tokens, any), as many dims as this operand has."""
+        batch, heads = self.batch_and_heads
+        for position, first, joined in ((1, batch, heads), (0, 0, batch)):
+            dims = self.order[first : first + joined]
+            if joined == 0:
+                node = build.call(torch.squeeze, node, position)
+            elif joined > 1:
+                inner = [1 if dim is None else build.size(self.node, dim) for dim in dims[1:]]
+                node = build.call(torch.Tensor.unflatten, node, position, (-1, *inner))
         return node
 
 
@@ -65,16 +100,20 @@ def standard(node: fx.Node) -> Operand:
 def peel(operand: Operand) -> Operand:
     """Fold the transposes in front of the operand into its order."""
     while True:
-        node, found = operand.node, tensor(operand.node)
-        assert found is not None
-        permutation = _permutation(node, found.dim())
+        node = operand.node
+        permutation = permutation_of(node)
         if permutation is None:
             return operand
-        operand = Operand(argument(node, 0, "input"), tuple(permutation[dim] for dim in operand.order))
+        order = tuple(None if dim is None else permutation[dim] for dim in operand.order)
+        operand = replace(operand, node=argument(node, 0, "input"), order=order)
 
 
-def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
+def permutation_of(node: fx.Node) -> tuple[int, ...] | None:
     """p such that dim i of the node is dim p[i] of its input, if the node only transposes."""
+    found = tensor(node)
+    if found is None:
+        return None
+    rank = found.dim()
     order = list(range(rank))
     if calls(node, "transpose", "swapaxes", "swapdims"):
         a, b = argument(node, 1, "dim0"), argument(node, 2, "dim1")
@@ -86,7 +125,7 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
         if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) for dim in dims):
             return None
         order = [dim % rank for dim in dims]
-    elif calls(node, "getattr") and node.args[1] in ("mT", "T") and (node.args[1] == "mT" or rank == 2):
+    elif calls(node, "mT") or (calls(node, "getattr") and node.args[1] in ("mT", "T")[: 2 if rank == 2 else 1]):
         order[-1], order[-2] = order[-2], order[-1]
     elif calls(node, "t") and rank == 2:
         order = [1, 0]
@@ -122,14 +161,14 @@ def undo_repeats(k: Operand, v: Operand, anchor: fx.Node) -> tuple[Operand, Oper
 
 
 def _undo_repeat(operand: Operand) -> Operand | None:
-    if len(operand.order) != 4:
+    heads = operand.order[1] if operand.is_plain else None
+    if heads is None:
         return None
-    heads = operand.order[1]
     base = _repeat_interleaved(operand.node, heads) or _expanded_and_merged(operand.node, heads)
     base = base or _expanded(operand.node, heads)
     if base is None or tensor(base) is None:
         return None
-    return peel(Operand(base, operand.order))
+    return peel(replace(operand, node=base))
 
 
 def _repeat_interleaved(node: fx.Node, heads: int) -> fx.Node | None:

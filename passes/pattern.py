@@ -5,7 +5,8 @@ In: the operands of an attention call. Out: its AttentionSite, and the obstacles
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sagecompile.site import AttentionSite
 
-from .graph import Builder, module_path, source_line, tensor
+from .graph import Builder, module_path, mutates, said, source_line, tensor
 from .operand import Operand
 from .prologue import Prologue
 
@@ -50,6 +51,8 @@ def make_site(
     assert found is not None
     for operand in (q, k, v):
         facts["obstacle"] = facts.get("obstacle") or tensor_obstacle(operand.node)
+    if mutates(node):
+        facts["obstacle"] = facts["obstacle"] or f"result written in place by {said(node)}: needs a new tensor"
     return AttentionSite(
         name=module_path(node),
         source=source_line(node),
@@ -67,11 +70,15 @@ def make_site(
     )
 
 
-def squeeze_to(build: Builder, node: fx.Node, rank: int) -> fx.Node:
-    """Drop the batch dims that `Operand.emit` added."""
-    for _ in range(4 - rank):
-        node = build.call(torch.squeeze, node, rank - 2 if rank >= 2 else 0)
-    return node
+def first_result(node: fx.Node, live: set[fx.Node], others: str) -> tuple[fx.Node | None, str | None]:
+    """The getitem that takes the output of a call that returns more, and an obstacle if the `others` are used."""
+    output, obstacle = None, None
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == 0:
+            output = output or user
+        elif user in live:
+            obstacle = f"{others}: used elsewhere (by {said(user)})"
+    return output, obstacle
 
 
 def tokens_first(out: torch.Tensor, order: tuple[int, ...] = (0, 1, 2, 3)) -> bool:
@@ -96,19 +103,15 @@ def tensor_obstacle(node: fx.Node) -> str | None:
     return None
 
 
-def result_obstacle(out: torch.Tensor, q: Operand, v: Operand, order: tuple[int, ...]) -> str | None:
-    """A result larger than q says, because a mask widened the scores; dim i of `out` is dim order[i] of q's."""
-    expected = [*q.sizes[:-1], v.sizes[-1]]
+def result_obstacle(out: torch.Tensor, expected: Sequence[Any], order: Sequence[int]) -> str | None:
+    """A result larger than q says, because a mask widened the scores; dim i of `out` is dim order[i] of `expected`."""
     if [str(size) for size in out.shape] == [str(expected[dim]) for dim in order]:
         return None
     return f"result ({', '.join(map(str, out.shape))}): needs q's batch, heads and tokens"
 
 
 def shape_obstacle(q: Operand, k: Operand, v: Operand) -> str | None:
-    """What in the ranks and batch dims is not (batch, heads, tokens, head_dim) on all three."""
-    ranks = [len(operand.order) for operand in (q, k, v)]
-    if max(ranks) > 4 or len(set(ranks)) != 1:
-        return f"{max(ranks)} dims: needs (batch, heads, tokens, head_dim), or fewer, on q, k and v alike"
+    """What in the sizes is not (batch, heads, tokens, head_dim) on all three."""
     batches = [operand.shape[0] for operand in (q, k, v)]
     if not all(_equal(batches[0], size) for size in batches):
         return f"batch {' and '.join(dict.fromkeys(map(str, batches)))}: needs the same on q, k and v"

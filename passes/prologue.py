@@ -1,6 +1,6 @@
 """Recognise the RMSNorm and RoPE that make q or k out of its projection, for kernels that do them as they read it.
 
-In: q and k of a site as Operands, of which those of 4 dims may have one. Out: a Prologue each: what memory holds, and
+In: q and k of a site as Operands, of which those of (batch, heads, tokens, head_dim) may have one. Out: a Prologue each: what memory holds, and
 what is still to be done to it. Whatever is not exactly understood is left to the graph, which is always right; so is
 what would save no memory traffic, because others read the result too, or because memory does not hold what it is made
 of.
@@ -69,6 +69,8 @@ def recognise(
     (*_, head_dim), found = q.sizes, tensor(q.node)
     assert found is not None
     if {str(q.dtype), str(k.dtype)} != {f"torch.{dtype}"} or not isinstance(head_dim, int):
+        return None
+    if not (q.is_plain and k.is_plain):
         return None
     if autocast_is_on(anchor, found.device.type):
         return None

@@ -6,7 +6,7 @@ any more. The op is a torch.library op with plain arguments, so AOTAutograd's an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,37 @@ from .pattern import Match
 from .prologue import Prologue
 
 
+ATTENTION = torch.ops.sagecompile.attention.default
+FUSED_ATTENTION = torch.ops.sagecompile.qk_norm_rope_attention.default
+OPS = (ATTENTION, FUSED_ATTENTION)
+
+
 def rewrite(used: Sequence[tuple[Match, Use]]) -> None:
-    """Replace each match's anchor by the op of its decision, in the graph that it is in."""
+    """Replace each match's anchor by the op of its decision, in the graph that it is in.
+
+    A site may read another's result: what has been replaced so far is looked up whenever a call is built.
+    """
+    anchors: dict[fx.Graph, list[fx.Node]] = {}
+    for match, _ in used:
+        anchors.setdefault(match.anchor.graph, []).append(match.anchor)
+    before = {graph: _count(graph) for graph in anchors}
+    replaced: dict[fx.Node, fx.Node] = {}
     for match, use in used:
-        _replace(match, use)
-    for graph in {match.anchor.graph: None for match, _ in used}:
-        erase_dead(graph, [match.anchor for match, _ in used if match.anchor.graph is graph])
+        replaced[match.anchor] = _replace(match, use, replaced)
+    for graph, here in anchors.items():
+        erase_dead(graph, here)
+        assert not set(here) & set(graph.nodes), ("still there", set(here) & set(graph.nodes))
+        assert _count(graph) - before[graph] == len(here), (before[graph], len(here), str(graph))
         graph.lint()
 
 
-def _replace(match: Match, use: Use) -> None:
-    """One anchor."""
+def _count(graph: fx.Graph) -> int:
+    """How many calls of our ops there are."""
+    return sum(node.target in OPS for node in graph.nodes)
+
+
+def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """One anchor, by the node that is returned."""
     how = {
         "scale": match.site.scale,
         "is_causal": match.site.is_causal,
@@ -44,19 +64,20 @@ def _replace(match: Match, use: Use) -> None:
         if use.fused:
             assert match.prologues is not None, match.site
             return _attend_from_projections(build, *match.prologues, v, how)
-        return build.call(torch.ops.sagecompile.attention.default, q, k, v, **how)
+        return build.call(ATTENTION, q, k, v, **how)
 
-    result = match.emit(Builder(match.anchor), attend)
+    result = match.emit(Builder(match.anchor, replaced), attend)
     old, new = tensor(match.anchor), tensor(result)
     assert old is not None and new is not None
     assert [str(size) for size in old.shape] == [str(size) for size in new.shape], (match.site, old.shape, new.shape)
     match.anchor.replace_all_uses_with(result)
+    return result
 
 
 def _attend_from_projections(build: Builder, q: Prologue, k: Prologue, v: fx.Node, how: dict[str, Any]) -> fx.Node:
     cos, sin = [prologue.emit_table(build, table) for table in q.tables or k.tables] or (None, None)
     return build.call(
-        torch.ops.sagecompile.qk_norm_rope_attention.default,
+        FUSED_ATTENTION,
         q.source.emit(build, q.source.dtype),
         k.source.emit(build, k.source.dtype),
         v,

@@ -1,4 +1,4 @@
-"""Match F.scaled_dot_product_attention, in every way it can be called.
+"""Match F.scaled_dot_product_attention, in every way it can be called, and the kernels of torch's that it stands for.
 
 In: a call node. Out: a Match. K and V are taken from before a `repeat_kv`; a mask that the graph shows to be causal
 becomes `is_causal`; operands that autocast would cast are cast.
@@ -6,29 +6,73 @@ becomes `is_causal`; operands that autocast would cast are cast.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from . import masks
-from .graph import Builder, argument, tensor
+from .graph import Builder, argument, name_of, tensor
 from .operand import standard, undo_repeats
-from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, squeeze_to, tokens_first
+from .pattern import Attend, Match, first_result, make_site, result_obstacle, shape_obstacle, tokens_first
+
+
+FUSED = {
+    f"_scaled_dot_product_{name}": mask
+    for name, mask in (
+        ("flash_attention", None),
+        ("flash_attention_for_cpu", "attn_mask"),
+        ("efficient_attention", "attn_bias"),
+        ("cudnn_attention", "attn_bias"),
+        ("fused_attention_overrideable", "attn_bias"),
+        ("attention_math", "attn_mask"),
+    )
+}
+"""torch's own kernels, as make_fx and export's decompositions write them, and what each calls its mask."""
 
 
 def match_sdpa(node: fx.Node, live: set[fx.Node]) -> Match | None:
     """F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, *, scale, enable_gqa)."""
-    out = tensor(node)
     nodes = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    mask, dropout_p = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    is_causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
+    return _match(node, nodes, mask, dropout_p, is_causal, scale)
+
+
+def match_fused(node: fx.Node, live: set[fx.Node]) -> Match | None:
+    """One of FUSED, each with arguments in an order of its own; what else they return is for a gradient."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    anchor, obstacle = first_result(node, live, "log-sum-exp")
+    if anchor is None:
+        return None
+    order = {item.name: (i, item.default_value) for i, item in enumerate(node.target._schema.arguments)}
+
+    def given(name: str | None) -> Any:
+        return argument(node, order[name][0], name, order[name][1]) if name in order else None
+
+    nodes = [given(name) for name in ("query", "key", "value")]
+    mask = given(FUSED[name_of(node.target)])
+    return _match(anchor, nodes, mask, given("dropout_p"), given("is_causal"), given("scale"), obstacle)
+
+
+def _match(
+    node: fx.Node, nodes: list[Any], mask_node: Any, dropout_p: Any, is_causal: Any, scale: Any, obstacle: Any = None
+) -> Match | None:
+    """`node`: what has the result; the others are what the call was given."""
+    out = tensor(node)
     if out is None or any(tensor(item) is None for item in nodes):
         return None
     q, k, v = (standard(item) for item in nodes)
-    obstacle = shape_obstacle(q, k, v) or result_obstacle(out, q, v, tuple(range(out.dim())))
+    ranks = [len(operand.order) for operand in (q, k, v)]
+    if len(set(ranks)) > 1:
+        obstacle = obstacle or f"{', '.join(map(str, ranks))} dims of q, k and v: needs as many of each"
+    expected = [*q.sizes[:-1], v.sizes[-1]]
+    obstacle = obstacle or shape_obstacle(q, k, v) or result_obstacle(out, expected, range(out.dim()))
     k, v = undo_repeats(k, v, node)
-    is_causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
-    dropout_p = argument(node, 4, "dropout_p", 0.0)
     for what, given in (("is_causal", is_causal), ("scale", scale), ("dropout_p", dropout_p)):
         if isinstance(given, fx.Node):
             obstacle = obstacle or f"{what} computed in the graph: needs a constant"
-    mask_node = argument(node, 3, "attn_mask")
     mask = None
     if mask_node is not None:
         seen = masks.recognise(mask_node, q.shape[2], k.shape[2])
@@ -52,7 +96,6 @@ def match_sdpa(node: fx.Node, live: set[fx.Node]) -> Match | None:
     )
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
-        result = attend(build, *(item.emit(build, out.dtype) for item in (q, k, v)))
-        return squeeze_to(build, result, out.dim())
+        return q.split(build, attend(build, *(item.emit(build, out.dtype) for item in (q, k, v))))
 
     return Match(site, node, emit, tokens_first(out), q, k)

@@ -1,12 +1,12 @@
 """Match softmax(QK^T * s + mask) V, spelled out with matmul or einsum.
 
 In: a softmax node. Out: a Match whose anchor is the product with V, or None where it is no attention. From the softmax
-the walk goes up to the scores (casts, scale, mask) and down to the product with V (casts, dropout).
+the walk goes up to the scores (casts, views, scale, mask) and down to the product with V (casts, views, dropout).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from torch import fx
 
 from . import contraction, masks
 from .contraction import Contraction, Roles
-from .graph import CASTS, Builder, argument, calls, name_of, tensor
-from .operand import changed_between, undo_repeats
-from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, squeeze_to, tokens_first
+from .graph import CASTS, RESHAPES, Builder, argument, calls, is_computed, mutates, name_of, said, tensor
+from .layout import Layout
+from .operand import changed_between, permutation_of, undo_repeats
+from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, tokens_first
 
 PRODUCTS = ("mul", "multiply", "imul", "mul_")
 QUOTIENTS = ("div", "divide", "truediv", "true_divide", "itruediv", "div_")
 SUMS = ("add", "iadd", "add_")
 FILLS = ("masked_fill", "masked_fill_")
+JOINS = ("cat", "concat", "concatenate")
 MAX_STEPS = 16
 """Calls between the scores and the softmax, or the softmax and the product with V; real models have up to five."""
 
@@ -31,35 +33,76 @@ class _Walk:
     """What the walk gathered."""
 
     scale: float = 1.0
-    mask: str | None = None
-    is_causal: bool = False
+    masks: list[_Mask] = field(default_factory=list)
+    path: list[fx.Node] = field(default_factory=list)
+    """The calls between the scores and the softmax, the last first."""
     dropout_p: float = 0.0
     obstacle: str | None = None
+    sink: str | None = None
+    """A call that adds columns to the scores, which the softmax sees and V does not."""
 
     def blocked(self, obstacle: str) -> None:
         self.obstacle = self.obstacle or obstacle
 
 
+@dataclass(frozen=True)
+class _Mask:
+    """A mask, and the call that masks with it."""
+
+    mask: Any
+    call: fx.Node
+    added: bool
+    when_true: bool
+    """A boolean one marks what is masked."""
+
+
 def match_unfused(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
-    """The attention around a softmax; one over another dim than the last is none."""
+    """The attention around a softmax."""
     found, dim = tensor(softmax), argument(softmax, 1, "dim")
-    if found is None or not isinstance(dim, int) or dim % found.dim() != found.dim() - 1:
+    if found is None or not isinstance(dim, int) or found.dim() == 0:
         return None
     walk = _Walk()
     down = _to_weighted(softmax, walk, live)
-    scores = _to_scores(argument(softmax, 0, "input"), walk, live, found)
+    scores = _to_scores(softmax, walk, live)
     if down is None or scores is None:
         return None
-    weights, weighted = down
-    roles = contraction.assign_roles(scores, weighted, weights)
-    return None if roles is None else _match(scores, weighted, roles, walk)
+    way, weighted = down
+    raw = tensor(scores.node)
+    assert raw is not None
+    layout: Layout | None = Layout(dict(zip(scores.out_labels, map(str, raw.shape), strict=True)), scores.out_labels)
+    layouts = {}
+    for node in [scores.node, *reversed(walk.path), softmax, *way]:
+        layout = None if layout is None else layout if node is scores.node else layout.through(node)
+        layouts[node] = layout
+    at_softmax = layouts[softmax]
+    if layout is None or at_softmax is None:
+        return None
+    key = at_softmax.dims[dim]
+    weights = way[-1] if way else softmax
+    roles = contraction.assign_roles(scores, weighted, weights, layout, key)
+    return None if roles is None or _is_gate(roles) else _match(scores, weighted, roles, walk, layouts, key)
 
 
-def _match(scores: Contraction, weighted: Contraction, roles: Roles, walk: _Walk) -> Match | None:
+def _is_gate(roles: Roles) -> bool:
+    """Whether the keys are one matrix of parameters: a gate over experts, or a memory."""
+    matrix = all(dim is None for dim in roles.k.order[:-2]) and len(roles.q.order) > 2
+    return matrix and not is_computed(roles.k.node)
+
+
+def _match(
+    scores: Contraction,
+    weighted: Contraction,
+    roles: Roles,
+    walk: _Walk,
+    layouts: dict[fx.Node, Layout | None],
+    key: str,
+) -> Match:
     out, raw = tensor(weighted.node), tensor(scores.node)
     assert out is not None and raw is not None
     q, k, v = roles.q, roles.k, roles.v
-    for obstacle in (shape_obstacle(q, k, v), result_obstacle(out, q, v, roles.out_order)):
+    if walk.sink is not None:
+        walk.obstacle = f"attention sinks ({walk.sink} on the scores): needs none"
+    for obstacle in (shape_obstacle(q, k, v), _result_obstacle(out, roles)):
         if obstacle:
             walk.blocked(obstacle)
     k, v = undo_repeats(k, v, weighted.node)
@@ -68,7 +111,8 @@ def _match(scores: Contraction, weighted: Contraction, roles: Roles, walk: _Walk
     for operand in (q, k):  # read at the scores by the model, at the result by the op
         changed = changed_between(scores.node, weighted.node, operand.node)
         if changed is not None:
-            walk.blocked(f"in-place {changed.name}: needs q and k unchanged between the scores and the result")
+            walk.blocked(f"in-place {said(changed)}: needs q and k unchanged between the scores and the result")
+    is_causal, mask = _read_masks(walk.masks, layouts, contraction.key_and_query(scores, key))
     site = make_site(
         weighted.node,
         scores.spelling,
@@ -76,80 +120,136 @@ def _match(scores: Contraction, weighted: Contraction, roles: Roles, walk: _Walk
         k,
         v,
         out.dtype,
-        is_causal=walk.is_causal,
-        mask=walk.mask,
+        is_causal=is_causal,
+        mask=mask,
         scale=walk.scale,
         dropout_p=walk.dropout_p,
         needs_grad=out.requires_grad,
         obstacle=walk.obstacle,
     )
-    rank = out.dim()
+    leading = v if roles.leading is roles.v else q
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
-        result = attend(build, *(item.emit(build, out.dtype) for item in (q, k, v)))
-        result = squeeze_to(build, result, rank)
-        if roles.out_order != tuple(range(rank)):
+        result = leading.split(build, attend(build, *(item.emit(build, out.dtype) for item in (q, k, v))))
+        if roles.out_order != tuple(range(out.dim())):
             result = build.call(torch.permute, result, roles.out_order)
         return result
 
     return Match(site, weighted.node, emit, tokens_first(out, roles.out_order), q, k)
 
 
-def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[fx.Node, Contraction] | None:
-    """Down from the softmax: what the product with V reads, and that product."""
+def _result_obstacle(out: torch.Tensor, roles: Roles) -> str | None:
+    expected = [*roles.leading.sizes[:-2], roles.q.sizes[-2], roles.v.sizes[-1]]
+    return result_obstacle(out, expected, roles.out_order)
+
+
+def _read_masks(
+    given: list[_Mask], layouts: dict[fx.Node, Layout | None], key_and_query: tuple[str, str] | None
+) -> tuple[bool, str | None]:
+    """Whether they are causal, and what those are that were not understood."""
+    is_causal, other = False, None
+    for item in given:
+        where, scores, mask = layouts[item.call], tensor(item.call), tensor(item.mask)
+        assert where is not None and scores is not None and key_and_query is not None
+        seen = None
+        if where.dims[-2:] == "".join(reversed(key_and_query)) and mask is not None:
+            if mask.is_floating_point() == item.added:
+                q_len, kv_len = scores.shape[-2:]
+                seen = masks.recognise(item.mask, q_len, kv_len, true_means_masked=item.when_true)
+        if seen == masks.CAUSAL:
+            is_causal = True
+        elif seen != masks.NOTHING_MASKED:
+            other = masks.describe(item.mask)
+    return is_causal, other
+
+
+def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[list[fx.Node], Contraction] | None:
+    """Down from the softmax: the calls up to what the product with V reads, and that product."""
+    way: list[fx.Node] = []
     weights = softmax
     for _ in range(MAX_STEPS):
         users = [user for user in weights.users if user in live]
         products = [user for user in users if contraction.read(user) is not None]
-        onward = products or [user for user in users if calls(user, "dropout", "dropout_", *CASTS)]
+        onward = products or [user for user in users if _passes_on(user) or _drops_sink(user, weights)]
         if not onward:
             return None
         if len(users) > 1:
-            others = ", ".join(user.name for user in users if user is not onward[0])
+            others = ", ".join(said(user) for user in users if user is not onward[0])
             walk.blocked(f"attention weights: used elsewhere (by {others})")
         user = onward[0]
         if products:
             found = contraction.read(user)
             assert found is not None
-            if found.added is not None or found.factor != 1:
-                return None
-            return weights, found
+            return (way, found) if found.added is None and found.factor == 1 else None
         if calls(user, "dropout", "dropout_") and argument(user, 2, "training", user.kwargs.get("train", True)):
             walk.dropout_p = float(argument(user, 1, "p", 0.5))
         if not _is_floating(user):
             return None
         weights = user
+        way.append(user)
     return None
 
 
-def _to_scores(node: Any, walk: _Walk, live: set[fx.Node], softmax: Any) -> Contraction | None:
+def _passes_on(node: fx.Node) -> bool:
+    """Whether the call holds what it reads, in another dtype, order or shape, or without what dropout takes out."""
+    return calls(node, "dropout", "dropout_", *CASTS, *RESHAPES) or permutation_of(node) is not None or _is_same(node)
+
+
+def _is_same(node: fx.Node) -> bool:
+    """`expand` to the shape that it has, as torch's own decompositions write it."""
+    return calls(node, "expand") and _same_shape(tensor(argument(node, 0, "input")), tensor(node))
+
+
+def _drops_sink(node: fx.Node, weights: fx.Node) -> bool:
+    """Whether the call takes the last dim's first columns: `weights[..., :-1]`."""
+    found, whole = tensor(node), tensor(weights)
+    if found is None or whole is None or not calls(node, "getitem", "narrow", "slice"):
+        return False
+    return found.dim() == whole.dim() and [*map(str, found.shape[:-1])] == [*map(str, whole.shape[:-1])]
+
+
+def _to_scores(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> Contraction | None:
     """Up from the softmax: the product of Q and K."""
+    reader, node = softmax, argument(softmax, 0, "input")
     for _ in range(MAX_STEPS):
         found = contraction.read(node)
         if not isinstance(node, fx.Node) or tensor(node) is None:
             return None
-        if sum(user in live for user in node.users) > 1:
-            walk.blocked(f"scores: used elsewhere ({node.name})")
+        users = [user for user in node.users if user in live and user is not reader]
+        if users:
+            written = next(filter(None, map(_writer, users)), None)
+            if written is not None:
+                walk.blocked(f"scores: changed in place by {said(written)}: needs a new tensor")
+            walk.blocked(f"scores: used elsewhere (by {', '.join(dict.fromkeys(map(said, users)))})")
         if found is not None:
             if found.added is not None:
                 if found.added_factor != 1:
                     walk.blocked(f"beta {found.added_factor} on the mask: needs 1")
-                _masked(walk, found.added, softmax, added=True)
+                _masked(walk, found.added, node, added=True)
             _times(walk, found.factor)
             return found
         if not _is_floating(node):
             return None
-        upward = _step(node, walk, softmax)
+        upward = _step(node, walk)
         if upward is None:
             return None
-        node = upward
+        walk.path.append(node)
+        reader, node = node, upward
     return None
 
 
-def _step(node: fx.Node, walk: _Walk, softmax: Any) -> fx.Node | None:
+def _writer(node: fx.Node) -> fx.Node | None:
+    """The call, if it writes to what it reads, or the one that writes through the view that it is."""
+    if mutates(node):
+        return node
+    is_view = calls(node, "getitem", "select", "narrow", *RESHAPES) or permutation_of(node) is not None
+    return next((user for user in node.users if mutates(user)), None) if is_view else None
+
+
+def _step(node: fx.Node, walk: _Walk) -> fx.Node | None:
     """One call up, noting what it does to the scores; None where this cannot be a score any more."""
     first, second = argument(node, 0, "input"), argument(node, 1, "other")
-    if calls(node, *CASTS):
+    if calls(node, *CASTS, *RESHAPES) or permutation_of(node) is not None or _is_same(node):
         return first  # type: ignore[no-any-return]
     if calls(node, *PRODUCTS, *QUOTIENTS) and not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):
         scores, factor = (first, second) if isinstance(first, fx.Node) else (second, first)
@@ -163,24 +263,26 @@ def _step(node: fx.Node, walk: _Walk, softmax: Any) -> fx.Node | None:
         if node.kwargs.get("alpha", 1) != 1:
             walk.blocked(f"alpha {node.kwargs['alpha']} on the mask: needs 1")
         scores, mask = (first, second) if leads_to_scores(first) else (second, first)
-        _masked(walk, mask, softmax, added=True)
+        _masked(walk, mask, node, added=True)
         return scores
-    if calls(node, *FILLS) and _is_masking(argument(node, 2, "value"), softmax):
-        _masked(walk, second if second is not None else node.kwargs.get("mask"), softmax, added=False, when_true=True)
+    if calls(node, *FILLS) and _is_masking(argument(node, 2, "value"), node):
+        _masked(walk, second if second is not None else node.kwargs.get("mask"), node, added=False, when_true=True)
         return first  # type: ignore[no-any-return]
     if calls(node, "where") and len(node.args) == 3:
         condition, chosen, other = node.args
         if node.op == "call_method":  # scores.where(condition, other)
             condition, chosen = chosen, condition
-        if _is_masking(other, softmax):
-            _masked(walk, condition, softmax, added=False, when_true=False)
+        if _is_masking(other, node):
+            _masked(walk, condition, node, added=False, when_true=False)
             return chosen  # type: ignore[return-value]
-        if _is_masking(chosen, softmax):
-            _masked(walk, condition, softmax, added=False, when_true=True)
+        if _is_masking(chosen, node):
+            _masked(walk, condition, node, added=False, when_true=True)
             return other  # type: ignore[return-value]
     operands = [item for item in node.all_input_nodes if leads_to_scores(item)]
     if len(operands) != 1:
         return None
+    if calls(node, *JOINS):
+        walk.sink = said(node)
     walk.blocked(f"{name_of(node.target)} on the scores: needs scale and mask only")
     return operands[0]
 
@@ -192,26 +294,20 @@ def _times(walk: _Walk, factor: Any) -> None:
         walk.blocked("scale computed in the graph: needs a constant")
 
 
-def _masked(walk: _Walk, mask: Any, softmax: Any, added: bool, when_true: bool = False) -> None:
-    """Note a mask; `when_true`: a boolean one marks what is masked."""
+def _masked(walk: _Walk, mask: Any, call: fx.Node, added: bool, when_true: bool = False) -> None:
     if walk.scale != 1:  # minus infinity times a negative scale, or a low value times a small one, masks nothing
         walk.blocked("scale after the mask: needs it before")
-    found = tensor(mask)
-    seen = None
-    if found is not None and found.is_floating_point() == added:
-        seen = masks.recognise(mask, softmax.shape[-2], softmax.shape[-1], true_means_masked=when_true)
-    if seen == masks.CAUSAL:
-        walk.is_causal = True
-    elif seen != masks.NOTHING_MASKED:
-        walk.mask = masks.describe(mask)
+    walk.masks.append(_Mask(mask, call, added, when_true))
 
 
-def _is_masking(fill: Any, softmax: Any) -> bool:
+def _is_masking(fill: Any, scores: fx.Node) -> bool:
     """Whether a fill value makes a weight exactly zero: -inf, or a dtype's lowest value."""
+    found = tensor(scores)
+    assert found is not None
     filled = masks.constant(fill) if isinstance(fill, fx.Node) else fill
     if filled is None or (isinstance(fill, fx.Node) and filled.numel() != 1):
         return False
-    return float(filled) <= masks.masking_threshold(softmax.dtype)
+    return float(filled) <= masks.masking_threshold(found.dtype)
 
 
 def _is_floating(node: fx.Node) -> bool:
@@ -220,14 +316,17 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 def leads_to_scores(node: Any) -> bool:
-    """Whether a product of two tensors lies up from here, through calls that keep the shape."""
+    """Whether a product of two tensors lies up from here, through calls that keep the elements or the shape."""
     for _ in range(MAX_STEPS):
         found = tensor(node)
         if found is None:
             return False
         if contraction.read(node) is not None:
             return True
-        same = [item for item in node.all_input_nodes if _same_shape(tensor(item), found)]
+        if calls(node, *JOINS):
+            return any(leads_to_scores(item) for item in node.all_input_nodes)
+        moved = calls(node, *RESHAPES) or permutation_of(node) is not None
+        same = [item for item in node.all_input_nodes if moved or _same_shape(tensor(item), found)]
         if node.op == "placeholder" or not same:
             return False
         node = same[0]
@@ -235,4 +334,4 @@ def leads_to_scores(node: Any) -> bool:
 
 
 def _same_shape(a: Any, b: Any) -> bool:
-    return a is not None and [str(size) for size in a.shape] == [str(size) for size in b.shape]
+    return a is not None and b is not None and [str(size) for size in a.shape] == [str(size) for size in b.shape]

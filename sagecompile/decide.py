@@ -55,8 +55,13 @@ class Keep:
 
     @property
     def cause(self) -> str:
-        """The reason's first part, short enough to count by: `head_dim 256`."""
-        return self.reason.partition(":")[0]
+        """The reason's first part, up to a colon outside of parentheses, short enough to count by: `head_dim 256`."""
+        open_ones = 0
+        for i, letter in enumerate(self.reason):
+            open_ones += (letter == "(") - (letter == ")")
+            if letter == ":" and open_ones == 0:
+                return self.reason[:i]
+        return self.reason
 
 
 Decision = Use | Keep

@@ -109,7 +109,7 @@ KEPT = {
     "ranks differ": (
         sdpa,
         lambda: (torch.randn(1, 2, 9, 64), *qkv(2, 9, 64)[:2]),
-        "4 dims: needs (batch, heads, tokens, head_dim), or fewer, on q, k and v alike",
+        "4, 3, 3 dims of q, k and v: needs as many of each",
     ),
     "no tokens": (sdpa, lambda: qkv(1, 2, 0, 64), "q_len 0: nothing to compute"),
     "no keys": (
