@@ -18,12 +18,13 @@ MAY_IMPORT = {
     "site": set(),
     "dump": set(),
     "sources": set(),
+    "files": {"errors"},
     "settings": {"errors", "formats"},
-    "cost": {"formats", "site", "sources"},
+    "cost": {"errors", "files", "formats", "site", "sources"},
     "lengths": {"decide", "site"},
     "decide": {"cost", "formats", "settings", "site"},
     "report": {"decide", "site"},
-    "kernels": {"errors", "formats", "site"},
+    "kernels": {"errors", "files", "formats", "site"},
     "ops": {"errors", "formats", "kernels"},
     "passes": {"decide", "formats", "kernels", "lengths", "ops", "report", "site"},
     "backend": {
@@ -40,7 +41,20 @@ MAY_IMPORT = {
         "sources",
     },
     "vllm": {"decide", "errors", "formats", "kernels", "ops", "passes", "report", "settings", "site", "sources"},
-    "cli": {"backend", "cost", "decide", "dump", "errors", "formats", "kernels", "ops", "report", "settings", "site"},
+    "cli": {
+        "backend",
+        "cost",
+        "decide",
+        "dump",
+        "errors",
+        "files",
+        "formats",
+        "kernels",
+        "ops",
+        "report",
+        "settings",
+        "site",
+    },
 }
 """cli -> backend -> passes -> decide -> cost, formats, site; ops -> kernels. Never the other way."""
 
