@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import stat
 import tempfile
@@ -99,7 +100,7 @@ def _check(path: Path) -> None:
         seen = seen or f"can be written to by others (mode {stat.S_IMODE(found.st_mode):04o})"
     if seen:
         raise UnsupportedError(
-            f"{path} {seen}, so nothing in it is used: remove it (rm -r {path}), "
+            f"{path} {seen}, so it is not used: remove it (rm -r {shlex.quote(str(path))}), "
             "or set XDG_CACHE_HOME to a folder that is yours alone"
         )
     if path.is_dir() and stat.S_IMODE(found.st_mode) != 0o700:

@@ -143,6 +143,16 @@ def test_imports_point_one_way(part, file):
     assert imported_parts(file, part) <= MAY_IMPORT[part]
 
 
+def test_what_is_kept_on_disk_is_files_alone():
+    """dump.py and bench write where they are told to; a compiler's scratch ends with it; nothing is ever unpickled."""
+    writes = r"\.(mkdir|write_text|write_bytes)\(|mkdtemp|gettempdir|makedirs|\bcache_dir\b"
+    for file in (ROOT / "sagecompile").rglob("*.py"):
+        text = file.read_text()
+        told_where = file.name in ("dump.py", "files.py") or "bench" in file.parts
+        assert told_where or not re.search(writes, text), file
+        assert not re.search(r"pickle\.load|torch\.load\(", text), file
+
+
 def test_the_tree_in_the_docs_is_the_disk():
     tree = re.search(r"```\n(passes/.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
     assert tree is not None

@@ -166,7 +166,7 @@ class TestCheck:
         with caplog.at_level(logging.WARNING, "sagecompile"):
             assert files.read(root / "profiles" / "a.json") is None and files.of_kind("profiles") == []
         (record,) = caplog.records
-        assert "nothing in it is used" in record.message
+        assert "is not used: remove it" in record.message
 
 
 class TestWrite:
