@@ -34,6 +34,7 @@ Kind = Literal["measured", "profiles", "libraries", "cubins"]
 BUILD_LIMIT_S = 120
 """Of one compiler, and of waiting for another process that builds the same: what needs torch's headers takes 5 to 10 s
 alone on two cores, and a machine that is busy ten times over still gets it."""
+NO_HOME = "this user has no home, so nothing is kept for later processes: set XDG_CACHE_HOME to a folder of your own"
 
 
 def folder(kind: Kind) -> Path:
@@ -41,7 +42,11 @@ def folder(kind: Kind) -> Path:
 
     It need not be there yet. A user without a home has a folder that ends with the process.
     """
-    return (_of_the_user() or _of_this_process(os.getpid())) / kind
+    found = _of_the_user()
+    if found is None:
+        warn_once(NO_HOME)
+        found = _of_this_process(os.getpid())
+    return found / kind
 
 
 def _of_the_user() -> Path | None:
@@ -66,7 +71,7 @@ def _of_this_process(pid: int) -> Path:
 def why_not_kept(kind: Kind) -> str | None:
     """Why nothing could be kept for later processes, or None; this is tried, and only the folder is left of it."""
     if _of_the_user() is None:
-        return "this user has no home: set XDG_CACHE_HOME to a folder that can be written to"
+        return NO_HOME
     place = folder(kind)
     try:
         _make(place)
@@ -91,13 +96,12 @@ def _check(path: Path) -> None:
     """One of these alone."""
     if not hasattr(os, "getuid"):  # Windows, where a user's folders are the user's alone
         return
-    found, user = path.stat(), os.getuid()
-    seen = ""
-    for owner in (path.lstat().st_uid, found.st_uid):  # of a link, then of what it leads to
-        if owner != user:
-            seen = f"belongs to user {owner}, and this is user {user}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        seen = seen or f"can be written to by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    found, user, seen = path.stat(), os.getuid(), ""
+    others = {path.lstat().st_uid, found.st_uid} - {user}  # of a link, and of what it leads to
+    if others:
+        seen = f"belongs to user {others.pop()}, and this is user {user}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        seen = f"can be written to by others (mode {stat.S_IMODE(found.st_mode):04o})"
     if seen:
         raise UnsupportedError(
             f"{path} {seen}, so it is not used: remove it (rm -r {shlex.quote(str(path))}), "
@@ -190,12 +194,15 @@ def built(kind: Kind, name: str, build: Callable[[], bytes]) -> Built:
         content = _whole(file)  # another process may have been at it
         if content is not None:
             return Built(file, content)
+        if file.exists():
+            set_aside(file, "not whole")
         content = build()
         signed = content + hashlib.sha256(content).digest()
         try:
             write(file, signed)
         except OSError as error:
-            warn_once(f"what is built cannot be kept in {file.parent} ({error.strerror}): every process builds again")
+            why = f"what is built cannot be kept in {file.parent} ({error.strerror}), so every process builds it again"
+            warn_once(f"{why}: set XDG_CACHE_HOME to a folder that can be written to")
             file = _of_this_process(os.getpid()) / kind / name
             try:
                 write(file, signed)
@@ -205,17 +212,14 @@ def built(kind: Kind, name: str, build: Callable[[], bytes]) -> Built:
 
 
 def _whole(file: Path) -> bytes | None:
-    """What was built, by its digest; None where there is none, and what is broken is set aside."""
+    """What was built; None where there is none, or its digest is not its own."""
     try:
         check(file)
         stored = file.read_bytes()
     except OSError:
         return None
     content, digest = stored[:-32], stored[-32:]
-    if hashlib.sha256(content).digest() == digest:
-        return content
-    set_aside(file, "not whole")
-    return None
+    return content if hashlib.sha256(content).digest() == digest else None
 
 
 @contextmanager

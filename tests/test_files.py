@@ -45,7 +45,7 @@ class TestFolder:
             assert files.folder("cubins") == Path.home() / ".cache" / "sagecompile" / "cubins"
 
     @pytest.mark.parametrize("home", ["nobody's", "relative"])
-    def test_without_a_home_is_this_processs_alone(self, monkeypatch, home):
+    def test_without_a_home_is_this_processs_alone(self, monkeypatch, caplog, home):
         """Under a name that nobody can make beforehand."""
         import pwd
 
@@ -59,6 +59,7 @@ class TestFolder:
         assert place == files.folder("libraries") and mode(place.parent) == 0o700
         assert place.parent.name.startswith("sagecompile-") and place.parent.name != "sagecompile-"
         assert built().path.parent == place and "no home" in str(files.why_not_kept("libraries"))
+        assert [record.message for record in caplog.records] == [files.NO_HOME]
 
     def test_without_a_home_is_gone_when_the_process_ends(self, tmp_path):
         """And that of its child then, too, which has one of its own."""
