@@ -37,7 +37,8 @@ PASS_SLOTS = (
     "joint_custom_post_pass",
     "joint_custom_pre_pass",
 )
-"""Inductor options that hold one custom pass each; the first that the user left free carries our source stamp."""
+"""Inductor options that hold custom passes: the first that the user left free carries our stamp, else the last one does
+beside the user's, as a pass there is called with nothing but the graph."""
 
 
 def sage_inductor(
@@ -66,7 +67,7 @@ def sage_inductor(
 
 def _inductor(mode: str | None, options: dict[str, Any], guards: Sequence[str] = ()) -> Any:
     """Inductor as torch.compile itself would call it, with its own checks of mode and options."""
-    return torch._TorchCompileInductorWrapper(mode, _with_stamp(options, Stamp(tuple(guards))), None)
+    return torch._TorchCompileInductorWrapper(mode, _with_stamp(options, guards), None)
 
 
 def _guards() -> list[str]:
@@ -183,26 +184,30 @@ def _copy(gm: GraphModule) -> GraphModule:
 
 
 class Stamp(CustomGraphPass):
-    """A pass that changes nothing: its uuid puts our sources and guards into the key of Inductor's and AOTAutograd's
-    caches.
+    """A pass that does what the user's in the same slot do: its uuid puts our sources and guards, beside theirs, into
+    the key of Inductor's and AOTAutograd's caches.
 
     What they keep of a graph has its guards with it: without ours in the key, the next to compile the same graph, by
     another crossing or none, would be guarded by the old one.
     """
 
-    def __init__(self, guards: tuple[str, ...] = ()) -> None:
-        self.guards = guards
+    def __init__(self, guards: Sequence[str], passes: Sequence[Callable[[Graph], None]]) -> None:
+        self.guards, self.passes = guards, passes
 
     def __call__(self, graph: Graph) -> None:
-        pass
+        for one in self.passes:
+            one(graph)
 
-    def uuid(self) -> str:
-        return " & ".join([source_hash(), *self.guards])
+    def uuid(self) -> tuple[Any, ...] | None:
+        """None, by which nothing is cached, where one of the user's has none, as Inductor has it without us."""
+        theirs = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return (source_hash(), tuple(self.guards), tuple(theirs)) if all(theirs) else None
 
 
-def _with_stamp(options: dict[str, Any], stamp: Stamp) -> dict[str, Any]:
-    defaults = torch._inductor.config
-    for slot in PASS_SLOTS:
-        if options.get(slot) is None and getattr(defaults, slot) is None:
-            return {**options, slot: stamp}
-    return options
+def _with_stamp(options: dict[str, Any], guards: Sequence[str]) -> dict[str, Any]:
+    given = {slot: getattr(torch._inductor.config, slot) for slot in PASS_SLOTS}
+    given |= {slot: passes for name, passes in options.items() if (slot := name.replace("-", "_")) in PASS_SLOTS}
+    slot = next((slot for slot in PASS_SLOTS if not given[slot]), PASS_SLOTS[-1])
+    passes = given[slot] or []
+    stamp = Stamp(guards, passes if isinstance(passes, (list, tuple)) else [passes])  # several since torch 2.13
+    return {name: value for name, value in options.items() if name.replace("-", "_") != slot} | {slot: stamp}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import exact_attention
+from support import exact_attention, share_libraries
 
 from sagecompile.cost import local
 from sagecompile.ops import reference
@@ -15,9 +15,11 @@ from sagecompile.ops import reference
 
 @pytest.fixture(autouse=True, scope="session")
 def measurements_of_the_tests_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `auto` measures goes to a folder of this run, and the user's own is not read."""
+    """What `auto` measures goes to a folder of this run, and the user's own is not read; libraries are the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    share_libraries(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(folder))
         yield
 
 

@@ -6,13 +6,14 @@ In: a function and its inputs. Out: its output and the Report; `compiled` goes t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sagecompile import passes, report
+from sagecompile import files, passes, report
 from sagecompile.backend import decider, fusing
 from sagecompile.report import Report
 from sagecompile.settings import Settings
@@ -25,6 +26,13 @@ TOLERANCE = {ACCURATE: 0.02, FAST: 0.045}
 
 # The same metric between two computations that are both not quantized, in the dtype of the inputs.
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def share_libraries(cache: Path) -> None:
+    """Give a folder for $XDG_CACHE_HOME the libraries of the present one, so that no test builds them again."""
+    if files.why_not_kept("libraries") is None:
+        (cache / "sagecompile").mkdir(0o700)
+        (cache / "sagecompile" / "libraries").symlink_to(files.folder("libraries").resolve())
 
 
 def relative_error(actual: Any, expected: Any) -> float:

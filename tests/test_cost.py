@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sagecompile import cost
+from sagecompile import cost, files
 from sagecompile.cost import timer
 from sagecompile.cost.profile import (
     SCHEMA,
@@ -480,7 +480,7 @@ class TestFiles:
 
     def test_the_machines_own_goes_before_a_shipped_one(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        own = cost.own_profiles()
+        own = files.folder("profiles")
         own.mkdir(parents=True)
         machine = {"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"}
         text = json.dumps(to_json(machine | cost.versions(), RISING.points, {}, PrologueCosts()))
@@ -493,10 +493,10 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["torch", "sources"])
     def test_one_of_other_versions_says_nothing(self, monkeypatch, tmp_path, caplog, name):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        cost.own_profiles().mkdir(parents=True)
+        files.folder("profiles").mkdir(parents=True)
         machine = {"device": "NVIDIA H200", "threads": None, "date": "2027-01-01"} | cost.versions() | {name: "older"}
         text = json.dumps(to_json(machine, RISING.points, {}, PrologueCosts()))
-        (cost.own_profiles() / "nvidia_h200.json").write_text(text)
+        (files.folder("profiles") / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         with caplog.at_level(logging.WARNING, "sagecompile"):
             found = cost.profiles()["NVIDIA H200"]
@@ -506,10 +506,11 @@ class TestFiles:
     @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"schema": 3}'])
     def test_one_that_cannot_be_read_is_said_and_left_out(self, monkeypatch, tmp_path, caplog, text):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        cost.own_profiles().mkdir(parents=True)
-        (cost.own_profiles() / "nvidia_h200.json").write_text(text)
+        files.folder("profiles").mkdir(parents=True)
+        (files.folder("profiles") / "nvidia_h200.json").write_text(text)
         cost.profiles.cache_clear()
         with caplog.at_level(logging.WARNING, "sagecompile"):
             found = cost.profiles()["NVIDIA H200"]
         cost.profiles.cache_clear()
         assert found.source == "shipped" and "sagecompile calibrate writes a new one" in caplog.text
+        assert [file.name for file in files.folder("profiles").iterdir()] == ["nvidia_h200.bad"]

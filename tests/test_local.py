@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compiled
+from support import compiled, share_libraries
 
-from sagecompile import cost, ops
+from sagecompile import cost, files, ops
 from sagecompile.cost import Prediction, host, local, store
 from sagecompile.cost.local import Local
 from sagecompile.cost.profile import SHIPPED, Family, Point, Profile, Time
@@ -37,12 +37,13 @@ TIMES = {"sdpa": Time(300.0, 20.0), ACCURATE: Time(100.0, 200.0), FAST: Time(600
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty one, and a process that remembers nothing; races are believed however busy this CPU is."""
+    share_libraries(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(store, "_known", {})
     monkeypatch.setattr(local, "waited_s", lambda: 0.0)
     for limit in LIMITS:
         monkeypatch.setattr(local, limit, math.inf)
-    store._warn_once.cache_clear()
+    files.warn_once.cache_clear()
     return tmp_path / "sagecompile" / "measured"
 
 
@@ -612,13 +613,24 @@ class TestStore:
         assert store.recall(KEY | {"q_len": 2}, dict) == {"times": {"a b": 2.0}}, "this process still knows"
         assert caplog.text.count("every process measures again") == 1
 
-    def test_a_user_without_a_home(self, monkeypatch):
-        def none():
-            raise RuntimeError("Could not determine home directory.")
+    @pytest.mark.parametrize("place", ["folder", "file"])
+    def test_what_others_could_have_written_is_not_believed(self, folder, caplog, place):
+        store.remember(KEY, {"times": {}})
+        (file,) = folder.glob("*.json")
+        store._known.clear()
+        (folder if place == "folder" else file).chmod(0o777)
+        with caplog.at_level(logging.WARNING, "sagecompile"):
+            assert store.recall(KEY, dict) is None and store.count({}) == 0
+        (record,) = caplog.records
+        assert "can be written to by others (mode 0777)" in record.message and file.exists()
 
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(store.Path, "home", none)
-        assert store.folder().parts[-2:] == ("sagecompile", "measured")
+    def test_nor_is_anything_kept_there(self, folder, caplog):
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+        with caplog.at_level(logging.WARNING, "sagecompile"):
+            store.remember(KEY, {"times": {}})
+        assert not list(folder.iterdir()) and "every process measures again" in caplog.text
+        assert store.recall(KEY, dict) == {"times": {}}, "this process still knows"
 
     def test_a_folder_that_may_not_be_entered_is_empty(self, folder, monkeypatch):
         """As that of another user's home in a container."""
@@ -627,23 +639,12 @@ class TestStore:
             raise PermissionError(13, "Permission denied")
 
         store.remember(KEY, {"times": {}})
-        monkeypatch.setattr(store.Path, "glob", refuse)
-        monkeypatch.setattr(store.os, "access", lambda *_: False)
-        assert store.count({}) == 0 and store.why_not() == f"{folder} cannot be written to"
+        monkeypatch.setattr(files.Path, "glob", refuse)
+        assert store.count({}) == 0
         store.forget()
         cost.profiles.cache_clear()
         assert cost.profiles()
         cost.profiles.cache_clear()
-
-    def test_a_relative_cache_folder_is_none(self, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", "here")
-        assert store.folder() == store.Path.home() / ".cache" / "sagecompile" / "measured"
-
-    def test_says_where_nothing_can_be_kept(self, tmp_path, monkeypatch):
-        assert store.why_not() is None
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        assert store.why_not() == f"{tmp_path / 'file'} cannot be written to"
 
     def test_forgets(self, folder):
         store.remember(KEY, {"times": {}})

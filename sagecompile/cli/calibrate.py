@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product, starmap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sagecompile.errors import SageCompileError
@@ -102,22 +100,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from sagecompile import cost
+    from sagecompile import cost, files
     from sagecompile.cost.profile import Point, launches_us, to_json
 
     from .bench.session import device_of, machine
 
     device = device_of(arguments)
     facts = machine(device) | cost.versions()
-    file = cost.own_profiles() / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
-    try:
-        _try_to_write(file.parent)
-    except OSError as error:
-        if not arguments.share:
-            raise SageCompileError(
-                f"cannot write to {file.parent} ({error.strerror}): set XDG_CACHE_HOME to a folder that can be "
-                "written, or --share to have the profile printed alone"
-            ) from error
+    file = files.folder("profiles") / f"{''.join(c if c.isalnum() else '_' for c in facts['device'].lower())}.json"
+    why_not_kept = files.why_not_kept("profiles")  # before the minutes that it takes
+    if why_not_kept and not arguments.share:
+        raise SageCompileError(f"{why_not_kept}, or --share to have the profile printed alone")
     try:
         with torch.no_grad():
             measured = _measure(str(device), arguments.again)
@@ -136,19 +129,14 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(to_json(facts, points, launches, prologues))
     if arguments.share:
         print(text, end="")
+    if why_not_kept:
+        return 0
     try:
-        file.write_text(text)
+        files.write(file, text.encode())
     except OSError as error:
         raise SageCompileError(f"cannot write {file}: {error.strerror}; --share prints the profile") from error
     print(f"{len(points)} shapes of {facts['device']} in {file}: policy=auto uses them from now on", file=sys.stderr)
     return 0
-
-
-def _try_to_write(folder: Path) -> None:
-    """OSError where a profile could not be kept: before the minutes that it takes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def _measure(device: str, again: bool) -> dict[AttentionSite, dict[str, Time]]:

@@ -31,8 +31,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     import sagecompile
-    from sagecompile import settings
-    from sagecompile.cost import store
+    from sagecompile import files, settings
     from sagecompile.kernels import available
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -41,8 +40,8 @@ def examine() -> dict[str, Any]:
     return {
         "versions": names | optional | {"cuda": torch.version.cuda or "none in this torch"},
         "settings": dataclasses.asdict(settings.from_environment()),
-        "measurements": str(store.folder()),
-        "cannot_keep": store.why_not(),
+        "measurements": str(files.folder("measured")),
+        "cannot_keep": files.why_not_kept("measured"),
         "devices": [_examine_device(name) for name in devices],
     }
 

@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Protocol
 
+from sagecompile import files
 from sagecompile.formats import fuses
 from sagecompile.site import AttentionSite, Device
 from sagecompile.sources import source_hash
 
-from . import store
 from .profile import Family, Profile, Time, counted_us, crossing_of, speedup
 from .prologues import Making
 
@@ -72,13 +71,16 @@ def profiles() -> dict[str, Profile]:
         if file.name.endswith(".json"):
             profile = Profile.read(json.loads(file.read_text()))
             found[profile.device] = profile
-    for own in store.files(own_profiles()):
+    for own in files.of_kind("profiles"):
+        text = files.read(own)
+        if text is None:
+            continue
         try:
-            stored = json.loads(own.read_text())
+            stored = json.loads(text)
             profile = Profile.read(stored, str(own))
             other = [name for name, version in versions().items() if stored[name] != version]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is no profile (%s): sagecompile calibrate writes a new one", own, error)
+        except (ValueError, KeyError, TypeError) as error:
+            files.set_aside(own, f"no profile ({error}), sagecompile calibrate writes a new one")
             continue
         if other:
             logger.warning("%s is of another %s: sagecompile calibrate measures again", own, " and ".join(other))
@@ -98,11 +100,6 @@ def beyond_a_copy_us(site: AttentionSite, heads: int, device_name: str) -> float
     """Microseconds that Inductor takes longer than a copy to make q and k of so many heads; 0 where nobody measured."""
     profile, making = profiles().get(device_name), Making.of(site)
     return profile.prologues.beyond_a_copy(making, heads, site.q_len) if profile and making else 0.0
-
-
-def own_profiles() -> Path:
-    """Where `sagecompile calibrate` puts what it measured."""
-    return store.folder().parent / "profiles"
 
 
 NEAR = 1.25

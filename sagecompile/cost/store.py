@@ -1,23 +1,20 @@
-"""What was measured on this machine, kept between processes in the user's cache folder.
+"""What was measured on this machine, kept between processes.
 
 In: a key, plain JSON values that say what was measured on what. Out: what was found then, or nothing. One small file a
-key, written beside its place and then renamed, so that any number of processes may read and write at the same time.
+key, so that any number of processes may read and write at the same time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Collection, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-logger = logging.getLogger("sagecompile")
+from sagecompile import files
+from sagecompile.errors import UnsupportedError
 
 T = TypeVar("T")
 
@@ -26,30 +23,10 @@ _known: dict[str, dict[str, Any]] = {}
 """Of this process, by file: a folder that cannot be used costs one measurement a process, not one a compilation."""
 
 
-def folder() -> Path:
-    """`$XDG_CACHE_HOME/sagecompile/measured`, or ~/.cache for the first part; a temporary one without a home.
-
-    A relative $XDG_CACHE_HOME is as none, as its specification says.
-    """
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return Path(given if os.path.isabs(given) else Path.home() / ".cache", "sagecompile", "measured")
-    except RuntimeError:
-        return Path(tempfile.gettempdir(), "sagecompile", "measured")
-
-
-def files(folder: Path) -> list[Path]:
-    """The JSON files in a folder; none where it is not there, or not for us."""
-    try:
-        return sorted(folder.glob("*.json"))
-    except OSError:
-        return []
-
-
 def forget() -> None:
     """Everything that any process remembered."""
     _known.clear()
-    for file in files(folder()):
+    for file in files.of_kind("measured"):
         file.unlink(missing_ok=True)
 
 
@@ -70,8 +47,11 @@ def recall(key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | N
     file = _file(key)
     if str(file) in _known:
         return read(_known[str(file)])
+    text = files.read(file)
+    if text is None:
+        return None
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(text)
         if not isinstance(stored, dict) or not isinstance(stored["found"], dict):
             raise ValueError("no measurement in it")
         if stored.get("schema") != SCHEMA:
@@ -79,10 +59,8 @@ def recall(key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | N
         if stored.get("key") != dict(key):
             raise ValueError("it is of something else")
         found = read(stored["found"])
-    except OSError:  # not there, or not for us
-        return None
     except (ValueError, KeyError, TypeError) as error:
-        _set_aside(file, error)
+        files.set_aside(file, f"no measurement ({error})")
         return None
     _known[str(file)] = stored["found"]
     return found
@@ -94,50 +72,26 @@ def remember(key: Mapping[str, Any], found: dict[str, Any]) -> None:
     _known[str(file)] = found
     text = json.dumps({"schema": SCHEMA, "key": dict(key), "found": found}, indent=1)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as beside:
-            Path(beside, file.name).write_text(text)
-            Path(beside, file.name).replace(file)
-    except OSError as error:
-        _warn_once(f"measurements cannot be kept in {file.parent} ({error.strerror}): every process measures again")
-
-
-def why_not() -> str | None:
-    """Why nothing could be kept, as far as permissions tell, or None."""
-    place = folder()
-    while not os.path.exists(place):  # unlike Path.exists, False where one may not look
-        place = place.parent
-    return None if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
+        files.write(file, text.encode())
+    except (OSError, UnsupportedError) as error:
+        why = getattr(error, "strerror", None) or error
+        files.warn_once(f"measurements cannot be kept in {file.parent} ({why}): every process measures again")
 
 
 def count(facts: Mapping[str, Any], without: Collection[str] = ()) -> int:
     """How many measurements hold for these facts, which are parts of their keys; `without`: what no part may be."""
     found = 0
-    for file in files(folder()):
+    for file in files.of_kind("measured"):
         try:
-            stored = json.loads(file.read_text())
+            stored = json.loads(files.read(file) or b"")
             key = stored["key"] if stored["schema"] == SCHEMA else {}
             is_of = all(name in key and key[name] == value for name, value in facts.items())
             found += is_of and not any(name in key for name in without)
-        except (OSError, ValueError, KeyError, TypeError):  # it is set aside when it is asked for
+        except (ValueError, KeyError, TypeError):  # it is set aside when it is asked for
             continue
     return found
 
 
 def _file(key: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    return folder() / f"{digest[:24]}.json"
-
-
-def _set_aside(file: Path, error: Exception) -> None:
-    aside = file.with_suffix(".bad")
-    try:
-        file.replace(aside)
-    except OSError:  # another process was faster, or the folder is read-only
-        return
-    logger.warning("%s is no measurement (%s): set aside as %s", file, error, aside.name)
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+    return files.folder("measured") / f"{digest[:24]}.json"

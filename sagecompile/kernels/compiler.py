@@ -20,8 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from sagecompile import files
 from sagecompile.errors import UnsupportedError
 
 logger = logging.getLogger("sagecompile")
@@ -55,24 +55,31 @@ def library(source: Path, what: str, flags: Sequence[str]) -> Path:
     if reason is not None:
         raise UnsupportedError(reason)
     command = [get_cpp_compiler(), *FLAGS, str(source), *flags]
-    try:
-        version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
-    except subprocess.SubprocessError as error:
-        raise UnsupportedError(f"{command[0]} --version failed: {error}") from error
+    version = _run([command[0], "--version"])
     key = hashlib.sha256(b"\0".join([source.read_bytes(), version, *map(str.encode, command)])).hexdigest()[:20]
-    found = Path(cache_dir(), "sagecompile", f"{source.stem}_{key}.so")
-    if found.exists():
-        return found
-    found.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("building %s with %s, once and in seconds: %s", what, command[0], found)
-    # Built beside its place and then renamed, so that no process ever sees half a library.
-    with tempfile.TemporaryDirectory(dir=found.parent) as beside:
-        built = Path(beside, found.name)
-        result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-        if result.returncode != 0:
-            raise UnsupportedError(f"{' '.join(command)} failed: {result.stderr.strip()[-2000:]}")
-        built.replace(found)
-    return found
+
+    def build() -> bytes:
+        logger.info("building %s with %s, once and in seconds", what, command[0])
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, source.stem)
+            _run([*command, "-o", str(library)])
+            return library.read_bytes()
+
+    return files.built("libraries", f"{source.stem}_{key}.so", build).path
+
+
+def _run(command: list[str]) -> bytes:
+    """What a compiler prints; UnsupportedError with its complaint, or where it takes too long."""
+    shown, limit = " ".join(command), files.BUILD_LIMIT_S
+    try:
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise UnsupportedError(f"{shown} was stopped after {limit} s: see whether it ends, or set CXX") from error
+    except OSError as error:
+        raise UnsupportedError(f"{shown} cannot be run: {error}") from error
+    if result.returncode != 0:
+        raise UnsupportedError(f"{shown} failed: {result.stderr.decode(errors='replace').strip()[-2000:]}")
+    return result.stdout
 
 
 _threads = ThreadPoolExecutor(8, "sagecompile")

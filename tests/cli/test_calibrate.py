@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sagecompile import cost, formats, ops
+from sagecompile import cost, files, formats, ops
 from sagecompile.cli import calibrate, main
 from sagecompile.cli.bench import decision, prologues
 from sagecompile.cost import store
@@ -44,7 +44,7 @@ def kernel(monkeypatch, tmp_path):
 
 
 def own_profile():
-    (file,) = cost.own_profiles().glob("*.json")
+    (file,) = files.folder("profiles").glob("*.json")
     return Profile.read(json.loads(file.read_text()))
 
 
@@ -109,6 +109,9 @@ class TestCalibrate:
         assert main(["calibrate", "--device", "cpu"]) == 2
         said = capsys.readouterr().err
         assert "set XDG_CACHE_HOME" in said and "--share" in said and not kernel, "nothing was measured in vain"
+        assert main(["calibrate", "--device", "cpu", "--share"]) == 0
+        said = capsys.readouterr()
+        assert Profile.read(json.loads(said.out)).points and "uses them from now on" not in said.err
 
     def test_one_that_is_stopped_says_how_to_go_on(self, monkeypatch, capsys):
         def race(*_, **__):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sagecompile import explain
+from sagecompile import explain, files
 from sagecompile.backend import measurements
 from sagecompile.cli import doctor, main
 from sagecompile.cost import store
@@ -132,7 +132,7 @@ def test_doctor_says_what_is_kept_and_where(capsys, monkeypatch, tmp_path):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "1 measurements that hold" in text and "not kept" not in text
-    monkeypatch.setattr(store, "why_not", lambda: "/there cannot be written to")
+    monkeypatch.setattr(files, "why_not_kept", lambda kind: "/there cannot be written to")
     assert main(["doctor"]) == 0
     assert "not kept: /there cannot be written to, so every process measures again" in capsys.readouterr().out
 

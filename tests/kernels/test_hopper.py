@@ -464,7 +464,7 @@ def test_no_variant_waits_after_every_wgmma(monkeypatch, tmp_path, caplog, dim, 
             pytest.skip("NVRTC 12.6 does so; 12.8 and 13.0 do not")
     except UnsupportedError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = hopper._attend_source(parameters.variant_of(dim, torch.bfloat16, format), causal, prologue)
     with caplog.at_level("DEBUG", logger="sagecompile"):
         runtime.compile_cubin(source.file, source.defines)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sagecompile import files
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels.hopper import runtime
 
@@ -51,10 +52,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     (sources / "probe.cu").write_text(PROBE)
     (sources / "scale.cuh").write_text(HEADER)
     monkeypatch.setattr(runtime, "FOLDER", sources)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     runtime.kernel.cache_clear()
     monkeypatch.setattr(runtime, "_compiling", {})
-    runtime._warn_once.cache_clear()
+    files.warn_once.cache_clear()
     return sources
 
 
@@ -111,7 +112,7 @@ def test_defines_become_options(compiled):
 @pytest.mark.parametrize("damage", ["empty", "short", "changed"])
 def test_damaged_file_is_compiled_again(compiled, tmp_path, damage):
     whole = runtime.compile_cubin("probe.cu", TWICE)
-    (kept,) = (tmp_path / "cache" / "sagecompile").iterdir()
+    (kept,) = (tmp_path / "cache" / "sagecompile" / "cubins").glob("*.cubin")
     stored = kept.read_bytes()
     assert stored.startswith(whole)
     kept.write_bytes({"empty": b"", "short": stored[:-1], "changed": b"?" + stored[1:]}[damage])
@@ -121,23 +122,31 @@ def test_damaged_file_is_compiled_again(compiled, tmp_path, damage):
 
 @pytest.mark.parametrize("obstacle", ["no folder", "full"])
 def test_works_without_a_cache(compiled, tmp_path, monkeypatch, caplog, obstacle):
+    place = tmp_path / "cache" / "sagecompile" / "cubins"
     if obstacle == "no folder":  # a file in its place: nothing can be written below it, not even by root
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache" / "sagecompile").write_text("")
+        (tmp_path / "cache").write_text("")
     else:
+        write = files.write
 
-        def write(self, data):
-            raise OSError(28, "No space left on device")
+        def full(file, content):
+            if file.parent == place:
+                raise OSError(28, "No space left on device")
+            write(file, content)
 
-        monkeypatch.setattr(Path, "write_bytes", write)
+        monkeypatch.setattr(files, "write", full)
     with caplog.at_level(logging.WARNING, "sagecompile"):
         for count in (1, 2):
             assert b"probe.cu" in runtime.compile_cubin("probe.cu", TWICE)
             assert len(compiled) == count
     (record,) = caplog.records
-    assert "cannot be kept" in record.message
-    if obstacle == "full":
-        assert list((tmp_path / "cache" / "sagecompile").iterdir()) == []
+    assert "cannot be kept" in record.message and not list(place.glob("*.cubin"))
+
+
+def test_one_that_others_could_have_written_is_not_loaded(compiled, tmp_path):
+    runtime.compile_cubin("probe.cu", TWICE)
+    (tmp_path / "cache" / "sagecompile" / "cubins").chmod(0o777)
+    with pytest.raises(UnsupportedError, match=r"can be written to by others \(mode 0777\)"):
+        runtime.compile_cubin("probe.cu", TWICE)
 
 
 def test_a_kernel_that_does_not_exist_is_ours_to_mend(compiled):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from sagecompile import files
 from sagecompile.errors import SageCompileError, UnsupportedError
 from sagecompile.kernels.compiler import in_background
 
@@ -197,41 +196,12 @@ def compile_cubin(source: str, defines: Defines) -> bytes:
     headers = {file.name: file.read_bytes() for file in sorted(FOLDER.glob("*.cuh"))}
     options = [*OPTIONS, *(f"-D{name}={value:d}" for name, value in defines)]
     key = hashlib.sha256(repr((source, text, headers, options, _version())).encode()).hexdigest()[:20]
-    name = f"{Path(source).stem}_{key}.cubin"
-    cubin = _recall(name)
-    if cubin is None:
+
+    def build() -> bytes:
         logger.info("compiling %s with %s, once and in seconds", source, " ".join(options))
-        cubin = _compile(source, text, headers, options)
-        _remember(name, cubin)
-    return cubin
+        return _compile(source, text, headers, options)
 
-
-def _recall(name: str) -> bytes | None:
-    """What an earlier process kept; None if that is nothing, or not whole."""
-    try:
-        stored = Path(cache_dir(), "sagecompile", name).read_bytes()
-    except OSError:
-        return None
-    cubin, digest = stored[:-32], stored[-32:]
-    return cubin if hashlib.sha256(cubin).digest() == digest else None
-
-
-def _remember(name: str, cubin: bytes) -> None:
-    """Kept with its digest at the end, where ELF readers do not look; an unusable folder only costs time."""
-    try:
-        folder = Path(cache_dir(), "sagecompile")
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and then renamed, so that no process ever sees half a file.
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            Path(beside, name).write_bytes(cubin + hashlib.sha256(cubin).digest())
-            Path(beside, name).replace(folder / name)
-    except OSError as error:
-        _warn_once(f"compiled kernels cannot be kept ({error.strerror}): every process compiles them again")
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+    return files.built("cubins", f"{Path(source).stem}_{key}.cubin", build).content
 
 
 def _compile(source: str, text: bytes, headers: dict[str, bytes], options: list[str]) -> bytes:
