@@ -6,9 +6,7 @@ that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -174,27 +172,6 @@ def autocast_is_on(node: fx.Node, device_type: str) -> bool:
         elif calls(item, "_exit_autocast") and item.args[0] in regions:
             regions.remove(item.args[0])
     return bool(regions[-1].args[2]) if regions else torch.is_autocast_enabled(device_type)
-
-
-def module_path(node: fx.Node) -> str:
-    """`model.layers.3.self_attn` from Dynamo's module stack."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "(top level)"
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]\.?|^G\b", "", path)  # a local is the compiled module itself; a global has a name
-    path = path.replace("__dict__['_modules']", "_modules")  # of a module with its own __getattr__
-    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", r".\1\2", path)
-    return re.sub(r"\.+", ".", path).strip(".") or "(top level)"
-
-
-def source_line(node: fx.Node) -> str:
-    """`sdpa_attention.py:193`, the innermost line of the user's stack."""
-    frames = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
-    if not frames:
-        return "(unknown)"
-    file, line = frames[-1]
-    return f"{PurePath(file).name}:{line}"
 
 
 class Builder:
