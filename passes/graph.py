@@ -6,9 +6,7 @@ that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -16,6 +14,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from .names import UNKNOWN, source_line
 
 IN_PLACE_OPERATORS = frozenset(
     (
@@ -28,7 +28,6 @@ TRANSPARENT = ("tag_activation_checkpoint", "cond", "invoke_subgraph")
 CASTS = ("to", "_to_copy", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
 RESHAPES = "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as _unsafe_view".split()
 """Calls that hold the same elements in the same (row-major) order under another shape."""
-UNKNOWN_LINE = "(unknown)"
 COPIED_METADATA = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -73,7 +72,7 @@ def said(node: fx.Node) -> str:
     if node.op == "output":
         return "the graph's output"
     line = source_line(node)
-    return name_of(node.target) if line == UNKNOWN_LINE else f"{name_of(node.target)} at {line}"
+    return name_of(node.target) if line == UNKNOWN else f"{name_of(node.target)} at {line}"
 
 
 def bare_name(node: fx.Node) -> str:
@@ -202,27 +201,6 @@ def autocast_is_on(node: fx.Node, device_type: str) -> bool:
         elif calls(item, "_exit_autocast") and item.args[0] in regions:
             regions.remove(item.args[0])
     return bool(regions[-1].args[2]) if regions else torch.is_autocast_enabled(device_type)
-
-
-def module_path(node: fx.Node) -> str:
-    """`model.layers.3.self_attn` from Dynamo's module stack."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "(top level)"
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]\.?|^G\b", "", path)  # a local is the compiled module itself; a global has a name
-    path = path.replace("__dict__['_modules']", "_modules")  # of a module with its own __getattr__
-    path = re.sub(r"_modules\['([^']*)'\]|\[['\"]?([^'\"\]]*)['\"]?\]", r".\1\2", path)
-    return re.sub(r"\.+", ".", path).strip(".") or "(top level)"
-
-
-def source_line(node: fx.Node) -> str:
-    """`sdpa_attention.py:193`, the innermost line of the user's stack."""
-    frames = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
-    if not frames:
-        return UNKNOWN_LINE
-    file, line = frames[-1]
-    return f"{PurePath(file).name}:{line}"
 
 
 class Builder:

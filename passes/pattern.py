@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sagecompile.site import AttentionSite
 
-from .graph import Builder, module_path, mutates, said, source_line, tensor
+from .graph import Builder, mutates, said, tensor
+from .names import module_path, source_line
 from .operand import Operand
 from .prologue import Prologue
 

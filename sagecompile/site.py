@@ -30,9 +30,13 @@ class Prologue(NamedTuple):
         return f"norm, {self.rope}" if self.norm else self.rope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention call: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim)."""
+    """One attention call: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim).
+
+    Two are equal whose facts read the same: a symbolic size counts as the text it prints as. Comparing the SymInts of
+    one graph would add a guard, and those of two cannot be compared; they have no hash either.
+    """
 
     name: str
     """Module path, e.g. `model.layers.3.self_attn`."""
@@ -90,6 +94,17 @@ class AttentionSite:
         parts = [f"{norm}-norm"] if norm else []
         parts += [] if not rope else ["RoPE" if rope == "QK" else f"{rope}-RoPE"]
         return " and ".join(parts)
+
+    def __eq__(self, other: object) -> bool:
+        return self._facts() == other._facts() if isinstance(other, AttentionSite) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._facts())
+
+    def _facts(self) -> tuple[Any, ...]:
+        """All of them, sizes that are symbols as text."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value if isinstance(value, tuple) else _plain(value) for value in values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a symbolic size becomes its expression as text."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from sagecompile import explain
 from sagecompile.decide import Keep, Use
+from sagecompile.passes import find
 from sagecompile.report import Entry, Report, record, recording
 from sagecompile.site import AttentionSite
 
@@ -145,3 +146,82 @@ def test_str_and_json_agree_on_the_count(policy, monkeypatch):
     monkeypatch.setenv("SAGECOMPILE_POLICY", policy)
     report = explain(attend, torch.randn(1, 2, 64, 64))
     assert report.to_dict()["used"] == len(report.used) == (policy == "always")
+
+
+def of_images(x):
+    """Batch, height and width change; two calls on one line, equal in all that is known of them."""
+    q = x.flatten(2).transpose(1, 2).unflatten(-1, (4, 16)).transpose(1, 2)
+    return attend(q).sin() + F.scaled_dot_product_attention(q * 2, q, q) - F.scaled_dot_product_attention(q, q, -q)
+
+
+def across(x):
+    """Queries and keys of lengths that change independently."""
+    q, k = (x[:, :, i].flatten(2).unflatten(1, (4, 16)).transpose(2, 3) for i in range(2))
+    return F.scaled_dot_product_attention(q[:, :, 1:], k, k)
+
+
+def reports_of(model, *shapes):
+    """Of a graph for each shape, none of whose sizes are numbers."""
+    torch._dynamo.reset()
+    with torch.no_grad(), recording() as reports:
+        compiled = torch.compile(model, backend="sage_inductor", options={"sage.policy": "always"}, dynamic=True)
+        for shape in shapes:
+            compiled(torch.randn(shape))
+    assert len(reports) == len(shapes)
+    assert not any(isinstance(entry.site.q_len, int) for report in reports for entry in report.entries)
+    return reports
+
+
+def test_entries_of_two_graphs_with_symbolic_sizes_can_be_compared():
+    """Equal is what reads the same; torch cannot compare the symbols of two graphs."""
+    square, wide = reports_of(of_images, (2, 64, 8, 8), (2, 64, 8, 12))
+    both = square + wide
+    assert all(entry in both.used for entry in both.entries) and len(both.used) == 6
+    assert not any(entry in square.entries for entry in wide.entries)
+    assert both.kept == () and square != wide and both == square + wide
+    assert [both.entries.index(entry) for entry in both.entries] == [0, 1, 1, 3, 4, 4]
+
+
+def test_entries_with_symbolic_sizes_can_be_counted():
+    square, wide = reports_of(of_images, (2, 64, 8, 8), (2, 64, 8, 12))
+    assert len({*square.entries, *wide.entries}) == 4
+    assert len({entry.site: entry.decision for entry in (*square.entries, *wide.entries)}) == 4
+    assert len({square, wide, square + wide}) == 3
+
+
+def test_the_same_graph_compiled_twice_gives_equal_reports():
+    (first,) = reports_of(across, (2, 64, 2, 8, 9))
+    (again,) = reports_of(across, (2, 64, 2, 8, 9))
+    assert first.entries[0].site.q_len is not again.entries[0].site.q_len
+    assert first == again and hash(first) == hash(again) and set(first.entries) == set(again.entries)
+
+
+def test_explain_of_symbolic_sizes_can_be_compared_with_that_of_numbers():
+    symbolic = explain(torch.compile(across, backend="sage_inductor", dynamic=True), torch.randn(2, 64, 2, 8, 9))
+    fixed = explain(across, torch.randn(2, 64, 2, 8, 9))
+    assert isinstance(fixed.entries[0].site.kv_len, int)
+    assert symbolic != fixed and not set(symbolic.entries) & set(fixed.entries)
+
+
+def test_comparing_sites_adds_no_guard():
+    """Nor does a set of them, also while their graph is compiled."""
+    seen = []
+
+    def backend(gm, example_inputs):
+        sites = [match.site for match in find(gm.graph)]
+        guards = torch._guards.TracingContext.get().fake_mode.shape_env.guards
+        before = list(map(str, guards))
+        seen.append(len(set(sites)) + [sites[0], sites[2]].count(sites[1]))
+        assert list(map(str, guards)) == before
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(of_images, backend=backend, dynamic=True)(torch.randn(2, 64, 8, 12))
+    assert seen == [2 + 1]
+
+
+def test_a_site_is_no_tuple():
+    site = REPORT.entries[0].site
+    assert site == REPORT.entries[0].site and site != "layers.0" and site is not None
+    assert site != REPORT.entries[1].site, "another name"
