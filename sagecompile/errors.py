@@ -2,7 +2,7 @@
 
 SageCompileError
 ├── OptionError        an unknown option or environment variable, or a value it cannot have
-└── UnsupportedError   an op called directly with something that its format or provider cannot do
+└── UnsupportedError   an op called directly with something that its format or provider cannot do; a vLLM of other names
 """
 
 
@@ -15,4 +15,4 @@ class OptionError(SageCompileError, ValueError):
 
 
 class UnsupportedError(SageCompileError, ValueError):
-    """A format or provider cannot do what was asked of it; the message says what it can do."""
+    """A format, a provider or a version of vLLM cannot do what was asked of it; the message says what can be done."""
