@@ -2,7 +2,7 @@
 
 SageCompileError
 ├── OptionError        an unknown option or environment variable, or a value it cannot have
-└── UnsupportedError   an op called directly with something that its format or provider cannot do, or cannot do here
+└── UnsupportedError   something that a format, a provider, this machine or this version of vLLM cannot do
 """
 
 
@@ -15,4 +15,4 @@ class OptionError(SageCompileError, ValueError):
 
 
 class UnsupportedError(SageCompileError, ValueError):
-    """A format or provider cannot do what was asked of it, or not on this machine; the message says what it takes."""
+    """A format, a provider, this machine or a version of vLLM cannot do what was asked; the message says what it takes."""

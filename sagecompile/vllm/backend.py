@@ -2,50 +2,47 @@
 
 In: CommonAttentionMetadata, of which only what is on the host is read. Out: the parent's metadata with a Plan. It is
 registered as CUSTOM, where its implementation carries the plan out, and in the place of its parent for the pass, whose
-op does. In a server that asks for neither it is the parent.
+op does. A server that asks for neither does not import it.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
-from vllm.logger import init_logger
-from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sagecompile.decide import Keep
 
 from . import op  # noqa: F401  (registered before any graph that calls it is loaded)
+from .asked import is_custom
 from .attention import PLAN, forward
 from .choice import LEAST_QUERIES, Choose, chooser, settings
 from .counters import count_batch
 from .graph_pass import GraphPass
 from .layer import site_of
 from .plan import Part, Plan, Rest, parts_of
-from .plugin import BACKEND
-from .versions import Index, is_dummy, is_known, own_backend, split_fields, why_not_pages
+from .versions import Index, is_dummy, is_known, known_names, own_backend, split_fields, why_not_pages
 
-logger = init_logger("vllm.sagecompile")
+with known_names():
+    from vllm.config import VllmConfig, get_current_vllm_config_or_none
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
-Parent: Any = resolve_obj_by_qualname(own_backend().value)
-ParentBuilder: Any = Parent.get_builder_cls()
-ParentImpl: Any = Parent.get_impl_cls()
+logger = logging.getLogger("vllm.sagecompile")
+PLATFORMS = own_backend()
+
+with known_names():
+    Parent: Any = resolve_obj_by_qualname(PLATFORMS.value)
+    ParentBuilder: Any = Parent.get_builder_cls()
+    ParentImpl: Any = Parent.get_impl_cls()
 
 
 def has_pass(config: VllmConfig) -> bool:
     """Whether the server runs our pass over its graphs."""
     passes = config.compilation_config.inductor_compile_config.values()  # where vLLM puts those that have a name, too
     return any(isinstance(one, GraphPass) for one in passes)
-
-
-def is_custom(config: VllmConfig | None) -> bool:
-    """Whether the server was started with --attention-backend CUSTOM, and it is ours."""
-    custom = AttentionBackendEnum.CUSTOM
-    return config is not None and config.attention_config.backend == custom and custom.get_path() == BACKEND
 
 
 class Builder(ParentBuilder):  # type: ignore[misc]

@@ -6,15 +6,14 @@ they have changed within `INTERVAL_S` seconds, like vLLM's own of its throughput
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.sagecompile")
+logger = logging.getLogger("vllm.sagecompile")
 INTERVAL_S = 10.0
 
 

@@ -6,15 +6,12 @@ our sources and settings, by which vLLM's and Inductor's caches know what was co
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from torch.fx import Graph
-from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.config import get_current_vllm_config_or_none
-from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 
 from sagecompile import report
 from sagecompile.decide import Decision, Keep, Use, decide
@@ -26,8 +23,14 @@ from sagecompile.sources import source_hash
 from . import plugin
 from .choice import settings
 from .layer import site_of
+from .versions import known_names
 
-logger = init_logger("vllm.sagecompile")
+with known_names():
+    from vllm.compilation.passes.inductor_pass import InductorPass
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.forward_context import get_forward_context
+
+logger = logging.getLogger("vllm.sagecompile")
 
 
 @dataclass(frozen=True)

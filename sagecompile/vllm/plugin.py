@@ -1,7 +1,7 @@
-"""vLLM's plugin, which it runs in each of its processes: after it, vLLM knows our backend as CUSTOM.
+"""vLLM's plugin, which it runs in each of its processes: after it, vLLM knows our backend as CUSTOM, by its name.
 
-In: nothing. Out: nothing. A server that does not ask for us runs as without us, and so does one of a version that is
-not known, which the log says in one line.
+In: nothing. Out: nothing. A server that does not ask for us runs as without us, with vLLM's own classes and not a line
+in its log, and so does one whose vLLM has other names than we know. Nothing that does attention is imported here.
 """
 
 from __future__ import annotations
@@ -9,36 +9,44 @@ from __future__ import annotations
 import logging
 from functools import cache
 
+from sagecompile.errors import UnsupportedError
+
+from .versions import known_names, own_backend
+
 logger = logging.getLogger("vllm.sagecompile")
 BACKEND = "sagecompile.vllm.backend.Backend"
-"""By its name: what it is built on is imported when vLLM chooses a backend, and not before."""
+CPU_ATTENTION = "sagecompile.vllm.asked.CpuAttention"
+"""Looked up by vLLM when it chooses a backend, and imported then."""
 
 
 @cache
 def register() -> None:
     """Once a process."""
     try:
+        _register()
+    except UnsupportedError as error:  # whoever asks for us in such a vLLM gets it as an error
+        logger.debug("sagecompile: %s", error)
+
+
+def _register() -> None:
+    with known_names():
         from vllm.platforms import current_platform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        if AttentionBackendEnum.CUSTOM.is_overridden():
-            logger.warning("sagecompile: CUSTOM is %s already, and stays it", AttentionBackendEnum.CUSTOM.get_path())
-        else:
-            register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-        if current_platform.is_cpu():  # where vLLM takes its own whatever is chosen: so ours is in its place
-            from . import backend  # noqa: F401  (what fails, fails here)
+        custom, cpu_attn = AttentionBackendEnum.CUSTOM, AttentionBackendEnum.CPU_ATTN
+    if custom.is_overridden():
+        logger.debug("sagecompile: CUSTOM is %s already, and stays it", custom.get_path())
+        return
+    register_backend(custom, BACKEND)
+    if current_platform.is_cpu() and not cpu_attn.is_overridden():
+        from . import asked  # noqa: F401  (what it needs of vLLM is there, or nothing is registered)
 
-            take_place()
-    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        logger.warning("sagecompile: this version of vLLM is not known (%s); 0.20.2 and 0.32 are", what)
+        register_backend(cpu_attn, CPU_ATTENTION)
 
 
 @cache
 def take_place() -> None:
     """Register our backend in the place of the platform's own, for the pass. Raises UnsupportedError if it has none."""
-    from vllm.v1.attention.backends.registry import register_backend
-
-    from .versions import own_backend
-
+    with known_names():
+        from vllm.v1.attention.backends.registry import register_backend
     register_backend(own_backend(), BACKEND)

@@ -1,38 +1,24 @@
 """What differs between platforms and versions of vLLM: 0.20.2 (CUDA) and 0.32 (CPU) were tried.
 
 In: vLLM as it is installed. Out: the platform's backend to build on, the pages of a KV cache as (pages, tokens a page,
-KV heads, head_dim), and names that only some versions have.
+KV heads, head_dim), names that only some versions have, and the error where one is missing that we need. Importing this
+imports nothing of vLLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sagecompile.errors import UnsupportedError
 
-try:
-    from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-except ImportError:  # before 0.3x there are no CUDA graphs with breaks in them
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    def eager_break_during_capture(function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[misc]
-        return function
-
-
-__all__ = [
-    "Index",
-    "eager_break_during_capture",
-    "is_dummy",
-    "is_known",
-    "own_backend",
-    "pages",
-    "split_fields",
-    "why_not_pages",
-]
+TRIED = "0.20.2 and 0.32"
 
 
 class Index(NamedTuple):
@@ -62,8 +48,33 @@ UNKNOWN = ("encoder_seq_lens", "dcp_local_seq_lens", "rswa_prefix_lens", "mm_req
 """Of CommonAttentionMetadata: what a batch with any of these is made of we do not know."""
 
 
+@contextmanager
+def known_names() -> Iterator[None]:
+    """Around vLLM's names as they are imported, and nothing of ours: UnsupportedError where vLLM has others."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            raise  # there is none
+        what = f"{type(error).__name__}: {error}"
+        raise UnsupportedError(f"this version of vLLM is not known ({what}); {TRIED} are") from error
+
+
+def eager_break_during_capture(function: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's decorator of that name; before 0.3x there are no CUDA graphs with breaks in them."""
+    try:
+        from vllm.compilation.breakable_cudagraph import eager_break_during_capture as vllms
+    except ImportError:
+        return function
+    decorated: Callable[..., Any] = vllms(function)
+    return decorated
+
+
 def own_backend() -> AttentionBackendEnum:
     """The one that this platform uses by itself and that ours is built on."""
+    with known_names():
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
     if current_platform.is_cpu():
         return AttentionBackendEnum.CPU_ATTN
     if current_platform.is_cuda():

@@ -165,43 +165,82 @@ def test_what_a_cached_graph_says_does_not_depend_on_what_runs_here_now(monkeypa
 
 REGISTER = """
 import logging, sys
-logging.basicConfig(format="%(message)s")
 from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from sagecompile.vllm import plugin
+custom, cpu_attn = AttentionBackendEnum.CUSTOM, AttentionBackendEnum.CPU_ATTN
 {before}
+logging.basicConfig(level="DEBUG")
 plugin.register()
-print(registry.AttentionBackendEnum.CUSTOM.get_path())
+print(registry._ATTN_OVERRIDES.get(custom))
+print(cpu_attn.get_class().__module__)
 """
+OURS, VLLMS = "sagecompile.vllm.backend.Backend", "vllm.v1.attention.backends.cpu_attn"
+OTHER_CONFIG = f"import {VLLMS}\ndel sys.modules['vllm.config'].get_current_vllm_config_or_none"
+THEIRS = "registry.register_backend({}, 'logging.handlers.SocketHandler')"
 
 
 @pytest.mark.parametrize(
-    ("before", "custom", "said"),
+    ("before", "custom", "cpu_attn", "said"),
     [
-        ("", "sagecompile.vllm.backend.Backend", None),
-        (
-            "registry.register_backend(registry.AttentionBackendEnum.CUSTOM, 'their.Backend')",
-            "their.Backend",
-            "sagecompile: CUSTOM is their.Backend already",
-        ),
-        (
-            "sys.modules['sagecompile.vllm.backend'] = None",
-            "sagecompile.vllm.backend.Backend",
-            "sagecompile: this version of vLLM is not known (ModuleNotFoundError",
-        ),
-        (
-            "def fails(): raise RuntimeError('schema')\nplugin.take_place = fails",
-            "sagecompile.vllm.backend.Backend",
-            "sagecompile: this version of vLLM is not known (RuntimeError: schema)",
-        ),
+        ("", OURS, VLLMS, None),
+        (THEIRS.format("custom"), "logging.handlers.SocketHandler", VLLMS, "CUSTOM is logging.handlers.SocketHandler"),
+        (THEIRS.format("cpu_attn"), OURS, "logging.handlers", None),
+        ("del registry.register_backend", "None", VLLMS, "this version of vLLM is not known (ImportError: cannot"),
+        (OTHER_CONFIG, OURS, VLLMS, "this version of vLLM is not known (ImportError: cannot"),
+        ("sys.modules['sagecompile.vllm.backend'] = None", OURS, VLLMS, None),
     ],
-    ids=["ours", "theirs", "no module", "no schema"],
+    ids=["ours", "their CUSTOM", "their CPU_ATTN", "another registry", "another config", "a broken backend of ours"],
 )
-def test_the_plugin_replaces_nobody_and_ends_no_start(before, custom, said):
+def test_the_plugin_replaces_nobody_and_ends_no_start(before, custom, cpu_attn, said):
+    """And says what it found to whoever looks for it, at the level DEBUG, and nothing otherwise."""
     command = [sys.executable, "-c", REGISTER.format(before=before)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == custom
+    assert done.stdout.splitlines()[-2:] == [custom, cpu_attn]
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "sagecompile: " in line]
-    assert len(lines) == (said is not None) and all(said in line for line in lines)
+    assert len(lines) == (said is not None)
+    assert all(line.startswith("DEBUG:vllm.sagecompile:") and said in line for line in lines)
+
+
+ASKED = """
+import sys
+from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+import sagecompile
+from sagecompile.vllm import plugin
+plugin.register()
+{before}
+if {by_pass}:
+    assert isinstance(sagecompile.vllm_pass, InductorPass)
+with set_current_vllm_config(VllmConfig(attention_config=AttentionConfig(backend=None if {by_pass} else "CUSTOM"))):
+    print(AttentionBackendEnum.CPU_ATTN.get_class().__module__)
+print(AttentionBackendEnum.CPU_ATTN.get_class().__module__)
+"""
+LACKS_NAME = "from vllm.model_executor.layers.attention import attention\ndel attention.get_attention_context"
+
+
+@pytest.mark.parametrize("by_pass", [True, False], ids=["the pass", "CUSTOM"])
+@pytest.mark.parametrize(
+    ("before", "error"),
+    [
+        ("", None),
+        ("sys.modules['sagecompile.vllm.choice'] = None", "ModuleNotFoundError: import of sagecompile.vllm.choice"),
+        ("import sagecompile.decide\ndel sagecompile.decide.Keep", "ImportError: cannot import name 'Keep' from 'sage"),
+        (LACKS_NAME, "UnsupportedError: this version of vLLM is not known (ImportError: cannot import name 'get_att"),
+    ],
+    ids=["ours", "a module of ours is broken", "a name of ours is missing", "a name of vLLM's is missing"],
+)
+def test_whoever_asks_gets_ours_or_the_error_that_it_is(before, error, by_pass):
+    """With CUSTOM while a config that says so is vLLM's current one; with the pass in the whole process."""
+    command = [sys.executable, "-c", ASKED.format(before=before, by_pass=by_pass)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if error is None:
+        ours = "sagecompile.vllm.backend"
+        assert done.stdout.splitlines()[-2:] == [ours, ours if by_pass else VLLMS], done.stderr
+    else:
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode != 0 and error in last and ("not known" in last) == ("Unsupported" in error), last
 
 
 KEYS, VALUES = torch.arange(2 * 3 * 4 * 2 * 8).view(2, 3, 4, 2, 8).unbind(0)

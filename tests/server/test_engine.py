@@ -123,9 +123,38 @@ def assert_ours_ran(found: dict[str, Any], layers: int = 6) -> None:
     assert max(found["done"].values()) > 0.8 * max(found["seen"].values())
 
 
+VLLMS = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+OURS = "sagecompile.vllm.backend."
+LIGHT = ["sagecompile", *(f"sagecompile.{name}" for name in ("errors", "vllm"))]
+LIGHT += [f"sagecompile.vllm.{name}" for name in ("asked", "lazy_pass", "plugin", "versions")]
+"""What vLLM's plugin and the look-up of CPU_ATTN import."""
+
+
 def test_without_being_asked_for_nothing_is_ours(plain):
     found, log = plain
     assert found["done"] == {} and found["reports"] == [] and "sagecompile:" not in log
+    assert found["attention"][1]["layers"] == [[VLLMS, VLLMS + "Impl"]] * 6
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpu_attn", "layer", "is_ours"),
+    [
+        ({}, VLLMS, [VLLMS, VLLMS + "Impl"], False),
+        ({"compilation_config": PASS}, OURS + "Backend", [OURS + "Backend", VLLMS + "Impl"], True),
+        ({"attention_backend": "CUSTOM"}, VLLMS, [OURS + "Backend", OURS + "Impl"], True),
+    ],
+    ids=["nothing", "the pass", "CUSTOM"],
+)
+def test_what_runs_attention_in_a_process_of_the_workers(tmp_path, asked, cpu_attn, layer, is_ours):
+    what = random_model(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama", head_dim=64)
+    what["llm"] |= {"compilation_config": {}, "enforce_eager": True} | asked
+    found, log = run(tmp_path, what, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    here, worker = found["attention"]
+    assert here["process"] != worker["process"]
+    assert here["cpu_attn"] == worker["cpu_attn"] == cpu_attn and worker["layers"] == [layer] * 2
+    assert worker["has_op"] == is_ours
+    if not is_ours:
+        assert worker["modules"] == sorted(LIGHT) and "sagecompile:" not in log
 
 
 def test_the_pass(with_pass, plain):
