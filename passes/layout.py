@@ -64,7 +64,9 @@ class Layout:
         first = sum(len(digits) for _, digits in self.regrouped)
         digits = "".join(str(first + i) for i in range(len(shape)))
         sizes = self.sizes | dict(zip(digits, shape, strict=False))
-        return Layout(sizes, front + digits + end, (*self.regrouped, (old, digits))) if first + len(shape) < 10 else None
+        return (
+            Layout(sizes, front + digits + end, (*self.regrouped, (old, digits))) if first + len(shape) < 10 else None
+        )
 
     def _alike(self, old: str, shape: list[str]) -> str:
         """The labels of the first sizes of `shape`, as far as they are those of `old`, or 1."""

@@ -7,10 +7,12 @@ any more. The op is a torch.library op with plain arguments, so AOTAutograd's an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 import sagecompile.ops  # noqa: F401  (registers torch.ops.sagecompile)
 from sagecompile.decide import Use
@@ -19,7 +21,6 @@ from . import prologue
 from .graph import Builder, erase_dead, tensor
 from .pattern import Match
 from .prologue import Prologue
-
 
 ATTENTION = torch.ops.sagecompile.attention.default
 FUSED_ATTENTION = torch.ops.sagecompile.qk_norm_rope_attention.default
@@ -66,12 +67,33 @@ def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node]) -> fx.
             return _attend_from_projections(build, *match.prologues, v, how)
         return build.call(ATTENTION, q, k, v, **how)
 
-    result = match.emit(Builder(match.anchor, replaced), attend)
+    build = Builder(match.anchor, replaced)
+    result = match.emit(build, attend)
     old, new = tensor(match.anchor), tensor(result)
     assert old is not None and new is not None
     assert [str(size) for size in old.shape] == [str(size) for size in new.shape], (match.site, old.shape, new.shape)
+    result = _laid_out_as(old, build, result)
     match.anchor.replace_all_uses_with(result)
     return result
+
+
+def _laid_out_as(old: torch.Tensor, build: Builder, result: fx.Node) -> fx.Node:
+    """The result with the strides of `old`: copied where the op cannot write them, as the graph may view it by them."""
+    new = tensor(result)
+    assert new is not None
+    if _same_strides(new, old):
+        return result
+    for order in permutations(range(old.dim())):
+        inverse = tuple(order.index(dim) for dim in range(old.dim()))
+        if _same_strides(old.new_empty([old.shape[dim] for dim in order]).permute(inverse), old):
+            copied = build.call(torch.Tensor.contiguous, build.call(torch.permute, result, order))
+            return build.call(torch.permute, copied, inverse)
+    return result  # of no memory of its own, such as an expanded one
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """For all sizes that their symbols admit; a dim of one element may have any."""
+    return all(known(size == 1) or known(x == y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def _attend_from_projections(build: Builder, q: Prologue, k: Prologue, v: fx.Node, how: dict[str, Any]) -> fx.Node:

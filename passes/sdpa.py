@@ -16,7 +16,6 @@ from .graph import Builder, argument, name_of, tensor
 from .operand import standard, undo_repeats
 from .pattern import Attend, Match, first_result, make_site, result_obstacle, shape_obstacle, tokens_first
 
-
 FUSED = {
     f"_scaled_dot_product_{name}": mask
     for name, mask in (

@@ -1,7 +1,8 @@
 """Report the attention that no spelling knows, so that none is left out in silence.
 
-In: a softmax that unfused.py does not understand. Out: a Match that is always kept, where the softmax stands between two
-products and both operands of the first are computed from inputs (a router's gate or a memory is a parameter); else None.
+In: a softmax that unfused.py does not understand. Out: a Match that is always kept, where the softmax stands between
+two products and both operands of the first are computed from inputs (a router's gate or a memory is a parameter); else
+None.
 """
 
 from __future__ import annotations
@@ -121,5 +122,5 @@ def _is_weighted(node: fx.Node, reader: fx.Node) -> bool:
 
 def _is_common(node: fx.Node) -> bool:
     """Whether every spelling may have such a call."""
-    common = calls(node, *CASTS, *RESHAPES, *PRODUCTS, *QUOTIENTS, *SUMS, *FILLS, "where", "dropout")
+    common = calls(node, *CASTS, *RESHAPES, *PRODUCTS, *QUOTIENTS, *SUMS, *FILLS, "expand", "dropout")
     return common or permutation_of(node) is not None

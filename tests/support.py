@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sagecompile import files, passes, report
@@ -83,6 +84,23 @@ def compiled(
     return out, sum(reports, Report(graphs=0))
 
 
+def _layouts_of_results(graph: fx.Graph) -> list[tuple[list[Any], list[Any]]]:
+    """Sizes and strides of each tensor that the graph returns."""
+    found = [node.meta.get("example_value") for node in graph.output_node().all_input_nodes]
+    tensors = [leaf for leaf in tree_leaves(found) if torch.is_tensor(leaf) and leaf.layout == torch.strided]
+    return [([*x.shape], [*x.stride()]) for x in tensors]
+
+
+def _assert_same_layouts(before: Any, after: Any) -> None:
+    """Strides of dims that have one element may differ."""
+    for (sizes, strides), (_, others) in zip(before, after, strict=True):
+        assert all(known(n == 1) or known(a == b) for n, a, b in zip(sizes, strides, others, strict=True)), (
+            sizes,
+            strides,
+            others,
+        )
+
+
 class Rewriter:
     """A torch.compile backend that runs our passes and then the graph as it is: fast, and the graph can be read."""
 
@@ -95,8 +113,10 @@ class Rewriter:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.before.append([node.format_node() or "" for node in gm.graph.nodes])
+        layouts = _layouts_of_results(gm.graph)
         self.report += passes.run(gm, self.decide, self.fusing)
         gm.graph.lint()
+        _assert_same_layouts(layouts, _layouts_of_results(gm.graph))
         self.graphs.append(gm)
         return gm.forward
 

@@ -16,7 +16,13 @@ from sagecompile.report import Report
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 sdpa = F.scaled_dot_product_attention
-THEIRS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_scaled_dot_product", "softmax", "extern_kernels.bmm")
+THEIRS = (
+    "_transformer_encoder_layer_fwd",
+    "_native_multi_head_attention",
+    "_scaled_dot_product",
+    "softmax",
+    "extern_kernels.bmm",
+)
 """In the code of what was not rewritten, with or without a kernel of Inductor's own."""
 WIDTH = 64
 

@@ -1,5 +1,7 @@
 """F.scaled_dot_product_attention in every way it can be called: used exactly, or kept with the reason."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,7 +80,11 @@ def test_one_kv_head_broadcasts_without_enable_gqa() -> None:
 
 KEPT = {
     "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.1) * 0, qkv, "dropout_p 0.1: needs 0"),
-    "five dims": (sdpa, lambda: qkv(2, 2, 2, 9, 16), "5 dims: needs (batch, heads, tokens, head_dim)"),
+    "five dims, broadcast against each other": (
+        sdpa,
+        lambda: (torch.randn(2, 1, 2, 9, 16), *[torch.randn(1, 2, 2, 9, 16)] * 2),
+        "result (2, 2, 2, 9, 16): needs q's batch, heads and tokens",
+    ),
     "head dim 256": (sdpa, lambda: qkv(1, 2, 9, 256), "head_dim 256: needs at most 128"),
     "float64": (sdpa, lambda: qkv(dtype=torch.float64), "dtype float64: needs float16, bfloat16, float32"),
     "value head dim": (
@@ -250,3 +256,58 @@ def test_no_grad_around_the_call(mode: type) -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
     with mode():
         assert_used(sdpa, q, k, v)
+
+
+MANY_DIMS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "five": (sdpa, (2, 3, 4, 20, 16)),
+    "six": (sdpa, (2, 1, 3, 2, 20, 16)),
+    "five, causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), (2, 3, 4, 20, 16)),
+    "five, transposed": (
+        lambda q, k, v: sdpa(*(x.transpose(1, 3) for x in (q, k, v))).transpose(1, 3),
+        (2, 20, 4, 3, 16),
+    ),
+    "five, as Hiera's windows": (
+        lambda q, k, v: sdpa(*torch.stack([q, k, v], 3).permute(3, 0, 4, 2, 1, 5).unbind(0)).transpose(1, 3),
+        (2, 10, 3, 4, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANY_DIMS)
+def test_leading_dims_are_joined(name: str) -> None:
+    fn, shape = MANY_DIMS[name]
+    assert_used(fn, *(torch.randn(shape) for _ in range(3)))
+
+
+@pytest.mark.parametrize("name", [name for name in MANY_DIMS if name != "six"])
+def test_symbolic_leading_dims_are_joined(name: str) -> None:
+    """Of six torch itself says sizes such as s**2 // s, which are not seen to be s."""
+    fn, shape = MANY_DIMS[name]
+    assert_used(fn, *(torch.randn(shape) for _ in range(3)), dynamic=True)
+
+
+aten = torch.ops.aten
+OVERLOADS: dict[str, Any] = {
+    "the composite": lambda q, k, v: aten.scaled_dot_product_attention.default(q, k, v, None, 0.0, True),
+    "the composite, with keywords": lambda q, k, v: aten.scaled_dot_product_attention.default(
+        q, k, v, is_causal=True, scale=0.3
+    ),
+    "flash for CPUs": lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, k, v, 0.0, True, scale=0.3
+    )[0],
+    "math": lambda q, k, v: aten._scaled_dot_product_attention_math.default(q, k, v, None, 0.0, True)[0],
+}
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_overloads_of_aten(name: str) -> None:
+    site = assert_used(OVERLOADS[name], *qkv()).report.used[0].site
+    assert site.is_causal and site.spelling == "sdpa"
+
+
+def test_overloads_of_aten_are_kept_for_their_mask_and_what_else_they_return() -> None:
+    flash = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert_kept(
+        lambda q, k, v, m: flash(q, k, v, attn_mask=m)[0], *qkv(), torch.randn(40, 40), because="mask float32 ("
+    )
+    assert_kept(lambda q, k, v: flash(q, k, v), *qkv(), because="log-sum-exp: used elsewhere (by getitem at")

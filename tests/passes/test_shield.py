@@ -16,9 +16,8 @@ MASKED: dict[str, Callable[..., Tensor]] = {
     "in place, and read by its old name": lambda q, k, v, m, t: [s := q @ k.mT, s.div_(t), (s + m).softmax(-1) @ v][-1],
     "dropout off": lambda q, k, v, m, t: F.dropout((q @ k.mT / t + m).softmax(-1), 0.0) @ v,
     "tokens first": lambda q, k, v, m, t: (
-        (q.transpose(1, 2).contiguous().permute(0, 2, 1, 3) @ k.permute(0, 1, 3, 2)).div(t) + m
-    ).softmax(-1)
-    @ v,
+        ((q.transpose(1, 2).contiguous().permute(0, 2, 1, 3) @ k.permute(0, 1, 3, 2)).div(t) + m).softmax(-1) @ v
+    ),
     "torch.true_divide": lambda q, k, v, m, t: (torch.true_divide(q @ k.mT, t) + m).softmax(-1) @ v,
     "no mask": lambda q, k, v, m, t: (q @ k.mT / t).softmax(-1) @ v,
     "bmm": lambda q, k, v, m, t: (torch.bmm(q[0], k[0].mT) / t + m).softmax(-1) @ v[0],

@@ -135,18 +135,20 @@ USED: dict[str, Function] = {
         "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k[:, :1]).softmax(-1), v[:, :1]
     ),
     "groups of heads in matmul": lambda q, k, v: (
-        (q[:, :, None] * torch.ones(2, 1, 1)) @ k[:, :, None].mT
-    ).softmax(-1) @ v[:, :, None],
+        ((q[:, :, None] * torch.ones(2, 1, 1)) @ k[:, :, None].mT).softmax(-1) @ v[:, :, None]
+    ),
     "groups of heads in einsum": lambda q, k, v: torch.einsum(
         "bghij,bhjd->bghid",
         torch.einsum("bghid,bhjd->bghij", torch.stack([q, q / 2], 1), k).softmax(-1),
         v,
     ),
-    "five dims": lambda q, k, v: (torch.stack([q, q + 1], 1) @ torch.stack([k, v], 1).mT).softmax(-1) @ torch.stack(
-        [v, k], 1
+    "five dims": lambda q, k, v: (
+        (torch.stack([q, q + 1], 1) @ torch.stack([k, v], 1).mT).softmax(-1) @ torch.stack([v, k], 1)
     ),
     "six dims in einsum": lambda q, k, v: torch.einsum(
-        "...ij,...jd->...id", torch.einsum("...id,...jd->...ij", q[None, None], k[None, None]).softmax(-1), v[None, None]
+        "...ij,...jd->...id",
+        torch.einsum("...id,...jd->...ij", q[None, None], k[None, None]).softmax(-1),
+        v[None, None],
     ),
 }
 
@@ -238,7 +240,10 @@ KEPT: dict[str, tuple[Function, str]] = {
         lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w @ k,
         "attention weights: used elsewhere (by ",
     ),
-    "scores used": (lambda q, k, v: (s := q @ k.mT).softmax(-1) @ v + s.mean(), "scores: used elsewhere (by mean at test_unfused.py:"),
+    "scores used": (
+        lambda q, k, v: (s := q @ k.mT).softmax(-1) @ v + s.mean(),
+        "scores: used elsewhere (by mean at test_unfused.py:",
+    ),
     "scores used after the scale": (lambda q, k, v: (s := q @ k.mT * 2).softmax(-1) @ v + s.mean(), "scores: used"),
     "dropout": (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v * 0, "dropout_p 0.5: needs 0"),
     "dropout on the scores": (lambda q, k, v: F.dropout(q @ k.mT, 0.5).softmax(-1) @ v * 0, "dropout on the scores"),
@@ -388,20 +393,19 @@ UNKNOWN: dict[str, tuple[Function, str]] = {
     "softmax over the batch": (lambda q, k, v: (q @ k.mT).softmax(0) @ v, "spelling not known: softmax over an"),
     "transposed weights": (lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v, "spelling not known: the product matmul at"),
     "transposed weights in einsum": (
-        lambda q, k, v: torch.einsum(
-            "bhij,bhid->bhjd", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v
-        ),
+        lambda q, k, v: torch.einsum("bhij,bhid->bhjd", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v),
         "spelling not known: the product einsum at",
     ),
-    "weights on the right": (lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1), "spelling not known: the product matmul at"),
+    "weights on the right": (
+        lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1),
+        "spelling not known: the product matmul at",
+    ),
     "head mask": (
         lambda q, k, v: ((q @ k.mT).softmax(-1) * v[:, :1, :1, :1]) @ v,
         "spelling not known: the product matmul at",
     ),
     "experts that are inputs": (
-        lambda q, k, v: torch.einsum(
-            "ne,ned->nd", (q[0, 0] @ k[0, 0, :4].T).softmax(-1), v[0, 0, :4].expand(N, 4, D)
-        ),
+        lambda q, k, v: torch.einsum("ne,ned->nd", (q[0, 0] @ k[0, 0, :4].T).softmax(-1), v[0, 0, :4].expand(N, 4, D)),
         "spelling not known: the product einsum at",
     ),
     "sum over the heads": (
@@ -424,7 +428,10 @@ UNKNOWN: dict[str, tuple[Function, str]] = {
         lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.einsum("bid,bhjd->bhij", q[:, 0], k).softmax(-1), v),
         "heads 1 on 3: needs a multiple",
     ),
-    "one batch of keys": (lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v, "batch 2 and 1: needs the same on q, k and v"),
+    "one batch of keys": (
+        lambda q, k, v: (q @ k[:1].mT).softmax(-1) @ v,
+        "batch 2 and 1: needs the same on q, k and v",
+    ),
     "the diagonal": (
         lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (q @ k.mT).softmax(-1).diagonal(0, 2, 3).diag_embed(), v),
         "spelling not known: diagonal at",
