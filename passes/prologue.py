@@ -1,9 +1,9 @@
 """Recognise the RMSNorm and RoPE that make q or k out of its projection, for kernels that do them as they read it.
 
-In: q and k of a site as Operands, of which those of (batch, heads, tokens, head_dim) may have one. Out: a Prologue each:
-what memory holds, and what is still to be done to it. Whatever is not exactly understood is left to the graph, which is
-always right; so is what would save no memory traffic, because others read the result too, or because memory does not
-hold what it is made of.
+In: q and k of a site as Operands, of which those of (batch, heads, tokens, head_dim) may have one. Out: a Prologue
+each: what memory holds, and what is still to be done to it. Whatever is not exactly understood is left to the graph,
+which is always right; so is what would save no memory traffic, because others read the result too, or because memory
+does not hold what it is made of.
 """
 
 from __future__ import annotations

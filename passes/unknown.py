@@ -15,15 +15,16 @@ from torch import fx
 
 from . import contraction
 from .contraction import Contraction
-from .graph import CASTS, RESHAPES, argument, calls, is_computed, said, tensor
+from .graph import CASTS, RESHAPES, argument, calls, is_computed, mutates, said, tensor
 from .operand import permutation_of, standard
 from .pattern import Attend, Match, make_site
-from .unfused import FILLS, JOINS, PRODUCTS, QUOTIENTS, SUMS
+from .unfused import FILLS, PRODUCTS, QUOTIENTS, SUMS
 
 FAR = 64
 """Calls looked at in each direction."""
 ENDS = ("softmax", "layer_norm", "rms_norm", "group_norm", "batch_norm", "scaled_dot_product_attention")
 """What lies behind them is no longer the same attention."""
+LAYERS = "linear addmm conv1d conv2d conv3d convolution".split()
 
 
 def match_unknown(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
@@ -32,8 +33,8 @@ def match_unknown(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
     if found is None or not isinstance(dim, int) or found.dim() < 2:
         return None
     keys = str(found.shape[dim])
-    above = _search(softmax, _above, lambda node, reader: _is_scores(contraction.read(node)), keys)
-    below = _search(softmax, lambda node, keys: _below(node, keys, live), _is_weighted, keys)
+    above = _search(softmax, lambda node: _above(node, keys), lambda node, _: _is_scores(contraction.read(node)))
+    below = _search(softmax, lambda node: _below(node, keys, live), _is_weighted)
     if above is None or below is None:
         return None
     scores, weighted = contraction.read(above[-1]), below[-1]
@@ -60,53 +61,44 @@ def match_unknown(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
     return Match(site, weighted, emit, tokens_first=False)
 
 
-Step = tuple[fx.Node, str]
-"""A call, and how many keys there are in what it reads or writes."""
-
-
 def _search(
-    softmax: fx.Node,
-    onward: Callable[[fx.Node, str], Iterator[Step]],
-    is_end: Callable[[fx.Node, fx.Node], bool],
-    keys: str,
+    softmax: fx.Node, onward: Callable[[fx.Node], Iterator[fx.Node]], is_end: Callable[[fx.Node, fx.Node], bool]
 ) -> list[fx.Node] | None:
-    """The shortest way from the softmax to an end, both included; over tensors that have the keys as a dim."""
-    ways: dict[fx.Node, list[fx.Node]] = {softmax: [softmax]}
-    waiting = deque([(softmax, keys)])
+    """The shortest way from the softmax to an end, both included."""
+    ways = {softmax: [softmax]}
+    waiting = deque([softmax])
     while waiting and len(ways) < FAR:
-        node, keys = waiting.popleft()
-        for following, its_keys in onward(node, keys):
+        node = waiting.popleft()
+        for following in onward(node):
             if following in ways:
                 continue
             ways[following] = [*ways[node], following]
             if is_end(following, node):
                 return ways[following]
             if not calls(following, *ENDS):
-                waiting.append((following, its_keys))
+                waiting.append(following)
     return None
 
 
-def _above(node: fx.Node, keys: str) -> Iterator[Step]:
-    for item in node.all_input_nodes:
-        found = tensor(item)
-        if found is None or item.op == "placeholder":
-            continue
-        sizes = [str(size) for size in found.shape]
-        if keys in sizes:
-            yield item, keys
-        elif calls(node, *JOINS) and sizes:  # more keys than there are, as a sink adds
-            yield item, sizes[argument(node, 1, "dim", 0)]
+def _above(node: fx.Node, keys: str) -> Iterator[fx.Node]:
+    writers = [user for user in node.users if mutates(user)]  # a buffer filled part by part
+    for item in [*node.all_input_nodes, *(source for user in writers for source in user.all_input_nodes)]:
+        if item.op != "placeholder" and _may_be_scores(item, node, keys):
+            yield item
 
 
-def _below(node: fx.Node, keys: str, live: set[fx.Node]) -> Iterator[Step]:
+def _below(node: fx.Node, keys: str, live: set[fx.Node]) -> Iterator[fx.Node]:
     for user in node.users:
-        found = tensor(user)
-        if user not in live or found is None:
-            continue
-        if keys in [str(size) for size in found.shape] or contraction.read(user) is not None:
-            yield user, keys
-        elif calls(user, "getitem", "narrow", "slice") and found.dim():
-            yield user, str(found.shape[-1])
+        if user in live and (contraction.read(user) is not None or _may_be_scores(user, user, keys)):
+            yield user
+
+
+def _may_be_scores(node: fx.Node, call: fx.Node, keys: str) -> bool:
+    """Whether scores or weights may be in it; behind a layer of the model only what still has the keys as a dim is."""
+    found = tensor(node)
+    if found is None or found.dim() < 2:
+        return False
+    return not calls(call, *LAYERS) or keys in [str(size) for size in found.shape]
 
 
 def _is_scores(product: Contraction | None) -> bool:

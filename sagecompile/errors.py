@@ -15,4 +15,4 @@ class OptionError(SageCompileError, ValueError):
 
 
 class UnsupportedError(SageCompileError, ValueError):
-    """A format, a provider, this machine or a version of vLLM cannot do what was asked; the message says what can be."""
+    """A format, provider, machine or version of vLLM cannot do what was asked; the message says what it can."""
