@@ -82,9 +82,9 @@ def _scope() -> dict[str, Any]:
     """Locals and globals of the frame that Dynamo is compiling; {} where it compiles none."""
     try:
         frame = InstructionTranslator.current_tx()
-    except AttributeError:
+    except AttributeError:  # as torch 2.13 says it; 2.11 has None
         return {}
-    return {"L": frame.f_locals, "G": frame.f_globals}
+    return {} if frame is None else {"L": frame.f_locals, "G": frame.f_globals}
 
 
 def _is_child(outermost: nn.Module, steps: list[str], key: str) -> bool:

@@ -173,3 +173,16 @@ def test_the_tree_in_the_docs_is_the_disk():
         if item.name not in ("__pycache__", "__init__.py", "__main__.py", "py.typed")
     }
     assert on_disk <= named
+
+
+@pytest.mark.parametrize("name", ["constraints-cpu.txt", "constraints-vllm.txt"])
+def test_versions_are_exact_and_leave_torch_alone(name):
+    lines = (ROOT / ".ci" / name).read_text().splitlines()
+    packages = {}
+    for line in lines:
+        if not line.startswith("#"):
+            package, equal, version = line.partition("==")
+            packages[package.lower()] = version
+            assert equal and version and " " not in line, line
+    assert not {"torch", "triton", "sagecompile"} & set(packages)
+    assert "setuptools" in packages and "pytest" in packages and len(packages) > 20

@@ -75,3 +75,18 @@ def test_names_are_those_of_the_model() -> None:
     _, report = compiled(torch.export.export(model, (x,)).module(), x)
     names = [entry.site.name for entry in report.used]
     assert names == ["layers.0", "layers.0", "layers.0.module", "layers.1", "layers.1", "layers.1.module"]
+
+
+def test_aotinductor_takes_our_op_and_none_of_our_options(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    class Attend(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            how = {"scale": None, "is_causal": True, "format": "qk_int8_pv_fp16", "tokens_first": False}
+            return torch.ops.sagecompile.attention(q, k, v, provider="reference", **how)
+
+    inputs = tuple(torch.randn(1, 2, 20, 64) for _ in range(3))
+    program = torch.export.export(Attend(), inputs)
+    with pytest.raises(AttributeError, match=r"config.sage.policy does not exist"):
+        torch._inductor.aoti_compile_and_package(program, inductor_configs={"sage.policy": "always"})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attend.pt2"))
+    actual = torch._inductor.aoti_load_package(package)(*inputs)
+    assert relative_error(actual, F.scaled_dot_product_attention(*inputs, is_causal=True)) <= 0.02

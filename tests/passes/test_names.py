@@ -275,7 +275,7 @@ def test_layers_that_were_compiled_before() -> None:
 @pytest.mark.parametrize("inner", [Model, Decorated])
 def test_wrappers(inner: type[Model]) -> None:
     expected = {
-        nn.DataParallel(inner()): "module.",
+        nn.DataParallel(inner(), device_ids=[]): "module.",
         Proxy(inner()): "base_model.",
         Proxy(Proxy(inner())): "base_model.base_model.",
         nn.Sequential(inner()): "0.",
