@@ -174,7 +174,7 @@ def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[lis
         if not onward:
             return None
         if len(users) > 1:
-            others = ", ".join(said(user) for user in users if user is not onward[0])
+            others = ", ".join(said(_writer(user) or user) for user in users if user is not onward[0])
             walk.blocked(f"attention weights: used elsewhere (by {others})")
         user = onward[0]
         if products:

@@ -280,6 +280,30 @@ KEPT: dict[str, tuple[Function, str]] = {
         lambda q, k, v: [s := q @ k.mT, s[..., 0].fill_(0), s.softmax(-1) @ v][-1],
         "scores: changed in place by fill_ at test_unfused.py:",
     ),
+    "a mask written in place": (
+        lambda q, k, v: [s := q @ k.mT, s.__setitem__((..., hidden()), INF), s.softmax(-1) @ v][-1],
+        "scores: changed in place by setitem at test_unfused.py:",
+    ),
+    "a mask written in place behind the scale": (
+        lambda q, k, v: [s := q @ k.mT / 4, s.masked_fill_(hidden(), INF), s.softmax(-1) @ v][-1],
+        "scores: changed in place by masked_fill_ at test_unfused.py:",
+    ),
+    "weights written in place": (
+        lambda q, k, v: [w := (q @ k.mT).softmax(-1), w[..., 0].zero_(), w @ v][-1],
+        "attention weights: used elsewhere (by zero_ at test_unfused.py:",
+    ),
+    "sinks": (
+        lambda q, k, v: torch.cat([q @ k.mT, torch.ones(B, H, N, 1)], -1).softmax(-1)[..., :-1] @ v,
+        "attention sinks (cat at test_unfused.py:",
+    ),
+    "sinks, and the maximum subtracted": (
+        lambda q, k, v: ((s := torch.cat([q @ k.mT / 4, q[..., :1]], -1)) - s.amax(-1, True)).softmax(-1)[..., :N] @ v,
+        "attention sinks (cat at test_unfused.py:",
+    ),
+    "a sink in front": (
+        lambda q, k, v: torch.cat([q[..., :1], q @ k.mT + added()], 3).softmax(-1).narrow(-1, 1, N) @ v,
+        "attention sinks (cat at test_unfused.py:",
+    ),
     "fp32 result of half scores": (
         lambda q, k, v: (q.half() @ k.half().mT).float().softmax(-1) @ v,
         "scores in float16, result in float32: needs one dtype",
