@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from .graph import RESHAPES, calls, tensor
+from .graph import RESHAPES, argument, calls, tensor
 from .operand import permutation_of
 
 ONE = "."
@@ -35,6 +35,9 @@ class Layout:
         if permutation is not None:
             return replace(self, dims="".join(self.dims[dim] for dim in permutation))
         if calls(node, *RESHAPES):
+            read = tensor(argument(node, 0, "input"))
+            if read is None or read.dtype != found.dtype:  # view(dtype) reads other numbers
+                return None
             return self._reshaped([str(size) for size in found.shape])
         return self
 

@@ -183,6 +183,8 @@ def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[lis
             return (way, found) if found.added is None and found.factor == 1 else None
         if calls(user, "dropout", "dropout_") and argument(user, 2, "training", user.kwargs.get("train", True)):
             walk.dropout_p = float(argument(user, 1, "p", 0.5))
+        if _drops_sink(user, weights):
+            walk.blocked(f"attention weights: cut by {said(user)}, needs all")
         if not _is_floating(user):
             return None
         weights = user
@@ -201,7 +203,7 @@ def _is_same(node: fx.Node) -> bool:
 
 
 def _drops_sink(node: fx.Node, weights: fx.Node) -> bool:
-    """Whether the call takes the last dim's first columns: `weights[..., :-1]`."""
+    """Whether the call cuts or indexes the keys alone, as `weights[..., :-1]` does."""
     found, whole = tensor(node), tensor(weights)
     if found is None or whole is None or not calls(node, "getitem", "narrow", "slice"):
         return False

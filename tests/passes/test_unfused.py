@@ -292,6 +292,18 @@ KEPT: dict[str, tuple[Function, str]] = {
         lambda q, k, v: [w := (q @ k.mT).softmax(-1), w[..., 0].zero_(), w @ v][-1],
         "attention weights: used elsewhere (by zero_ at test_unfused.py:",
     ),
+    "weights in another order": (
+        lambda q, k, v: (q @ k.mT).softmax(-1)[..., torch.arange(N - 1, -1, -1)] @ v,
+        "attention weights: cut by getitem at test_unfused.py:",
+    ),
+    "weights of the first keys": (
+        lambda q, k, v: (q @ k.mT).softmax(-1)[..., :9] @ v[:, :, :9],
+        "attention weights: cut by getitem at test_unfused.py:",
+    ),
+    "weights of the last keys": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).narrow(-1, 9, N - 9) @ v[:, :, 9:],
+        "attention weights: cut by narrow at test_unfused.py:",
+    ),
     "sinks": (
         lambda q, k, v: torch.cat([q @ k.mT, torch.ones(B, H, N, 1)], -1).softmax(-1)[..., :-1] @ v,
         "attention sinks (cat at test_unfused.py:",
@@ -466,6 +478,10 @@ UNKNOWN: dict[str, tuple[Function, str]] = {
     ),
     "scores rounded to integers": (
         lambda q, k, v: (q @ k.mT).to(torch.int64).to(q.dtype).softmax(-1) @ v,
+        "spelling not known: the product matmul at",
+    ),
+    "bits of the scores read as another dtype": (
+        lambda q, k, v: (q.half() @ k.half().mT).view(torch.bfloat16).softmax(-1) @ v.bfloat16(),
         "spelling not known: the product matmul at",
     ),
     "scores floor-divided": (
