@@ -16,6 +16,8 @@ from .graph import argument, calls, tensor
 from .layout import Layout
 from .operand import Operand, peel
 
+HIDDEN_LABELS = "αβγδεζηθ"
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -73,11 +75,11 @@ def _einsum(node: fx.Node) -> Contraction | None:
     equation = equation.replace(" ", "")
     inputs, out = equation.split("->")
     labels = inputs.split(",")
-    if "..." in equation:  # the same leading dims on both, named by digits
+    if "..." in equation:  # the same leading dims on both, named by letters that no equation has
         hidden = {found.dim() - len(text) + 3 for text, found in zip(labels, tensors, strict=True)}  # type: ignore[union-attr]
         if len(hidden) != 1 or equation.count("...") != 3:
             return None
-        batch = string.digits[: hidden.pop()]
+        batch = HIDDEN_LABELS[: hidden.pop()]
         inputs, out = inputs.replace("...", batch), out.replace("...", batch)
         labels = inputs.split(",")
     if any(len(set(text)) != len(text) for text in (*labels, out)):

@@ -20,6 +20,8 @@ def shield(graph: fx.Graph) -> int:
     """Rewrite every such softmax and quotient of a product's result; return how many."""
     shielded = 0
     for node in list(graph.nodes):
+        if node.kwargs.get("out") is not None:  # Inductor's fusion does not take these for attention
+            continue
         if calls(node, "softmax", "_softmax"):
             result = _inner_softmax(node)
         elif calls(node, *QUOTIENTS):

@@ -23,6 +23,7 @@ PRODUCTS = ("mul", "multiply", "imul", "mul_")
 QUOTIENTS = ("div", "divide", "truediv", "true_divide", "itruediv", "div_")
 SUMS = ("add", "iadd", "add_")
 FILLS = ("masked_fill", "masked_fill_")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 JOINS = ("cat", "concat", "concatenate")
 MAX_STEPS = 16
 """Calls between the scores and the softmax, or the softmax and the product with V; real models have up to five."""
@@ -170,7 +171,7 @@ def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[lis
     for _ in range(MAX_STEPS):
         users = [user for user in weights.users if user in live]
         products = [user for user in users if contraction.read(user) is not None]
-        onward = products or [user for user in users if _passes_on(user) or _drops_sink(user, weights)]
+        onward = products or [user for user in users if _passes_on(user) or _indexes(user, weights)]
         if not onward:
             return None
         if len(users) > 1:
@@ -183,8 +184,8 @@ def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[lis
             return (way, found) if found.added is None and found.factor == 1 else None
         if calls(user, "dropout", "dropout_") and argument(user, 2, "training", user.kwargs.get("train", True)):
             walk.dropout_p = float(argument(user, 1, "p", 0.5))
-        if _drops_sink(user, weights):
-            walk.blocked(f"attention weights: cut by {said(user)}, needs all")
+        if _indexes(user, weights):
+            walk.blocked(f"attention weights: cut or reordered by {said(user)}, needs them as they are")
         if not _is_floating(user):
             return None
         weights = user
@@ -202,8 +203,8 @@ def _is_same(node: fx.Node) -> bool:
     return calls(node, "expand") and _same_shape(tensor(argument(node, 0, "input")), tensor(node))
 
 
-def _drops_sink(node: fx.Node, weights: fx.Node) -> bool:
-    """Whether the call cuts or indexes the keys alone, as `weights[..., :-1]` does."""
+def _indexes(node: fx.Node, weights: fx.Node) -> bool:
+    """Whether the call may cut the keys, as `weights[..., :-1]` does; one that reorders looks the same, and is kept."""
     found, whole = tensor(node), tensor(weights)
     if found is None or whole is None or not calls(node, "getitem", "narrow", "slice"):
         return False
@@ -313,8 +314,9 @@ def _is_masking(fill: Any, scores: fx.Node) -> bool:
 
 
 def _is_floating(node: fx.Node) -> bool:
+    """In a dtype that attention is computed in: a cast to another, such as float8, is not the same numbers."""
     found = tensor(node)
-    return found is not None and found.is_floating_point()
+    return found is not None and found.dtype in FLOATING
 
 
 def leads_to_scores(node: Any) -> bool:

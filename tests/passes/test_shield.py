@@ -53,3 +53,21 @@ def test_a_divisor_that_changes_its_scores_in_place_for_others_too() -> None:
     inputs = (*(torch.randn(Q) for _ in range(3)), torch.tensor(4.0))
     expected = fn(*detached(inputs))
     assert relative_error(compiled(fn, *inputs)[0], expected) < 1e-5
+
+
+def test_what_is_written_to_out_is_left_alone() -> None:
+    def quotient(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT
+        buffer = torch.full_like(scores, 7.0)
+        torch.div(scores, t, out=buffer)
+        return buffer, scores
+
+    def inner(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT / 5
+        buffer = torch.zeros_like(scores)
+        return torch.softmax(scores, -2, out=buffer) @ v, buffer
+
+    inputs = (*(torch.randn(Q) for _ in range(3)), torch.tensor(3.0))
+    for fn in (quotient, inner):
+        expected = fn(*detached(inputs))
+        assert relative_error(compiled(fn, *inputs, policy="never")[0], expected) < 1e-5

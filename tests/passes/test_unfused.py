@@ -294,15 +294,23 @@ KEPT: dict[str, tuple[Function, str]] = {
     ),
     "weights in another order": (
         lambda q, k, v: (q @ k.mT).softmax(-1)[..., torch.arange(N - 1, -1, -1)] @ v,
-        "attention weights: cut by getitem at test_unfused.py:",
+        "attention weights: cut or reordered by getitem at test_unfused.py:",
+    ),
+    "weights of heads in another order": (
+        lambda q, k, v: (q @ k.mT).softmax(-1)[:, [2, 0, 1]] @ v,
+        "attention weights: cut or reordered by getitem at test_unfused.py:",
+    ),
+    "weights of queries in another order": (
+        lambda q, k, v: (q @ k.mT).softmax(-1)[:, :, torch.arange(N - 1, -1, -1)] @ v,
+        "attention weights: cut or reordered by getitem at test_unfused.py:",
     ),
     "weights of the first keys": (
         lambda q, k, v: (q @ k.mT).softmax(-1)[..., :9] @ v[:, :, :9],
-        "attention weights: cut by getitem at test_unfused.py:",
+        "attention weights: cut or reordered by getitem at test_unfused.py:",
     ),
     "weights of the last keys": (
         lambda q, k, v: (q @ k.mT).softmax(-1).narrow(-1, 9, N - 9) @ v[:, :, 9:],
-        "attention weights: cut by narrow at test_unfused.py:",
+        "attention weights: cut or reordered by narrow at test_unfused.py:",
     ),
     "sinks": (
         lambda q, k, v: torch.cat([q @ k.mT, torch.ones(B, H, N, 1)], -1).softmax(-1)[..., :-1] @ v,
@@ -482,6 +490,10 @@ UNKNOWN: dict[str, tuple[Function, str]] = {
     ),
     "bits of the scores read as another dtype": (
         lambda q, k, v: (q.half() @ k.half().mT).view(torch.bfloat16).softmax(-1) @ v.bfloat16(),
+        "spelling not known: the product matmul at",
+    ),
+    "weights rounded to float8": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).to(torch.float8_e5m2).float() @ v,
         "spelling not known: the product matmul at",
     ),
     "scores floor-divided": (
