@@ -94,7 +94,7 @@ def _tables(cos: Any, sin: Any, x: Operand) -> tuple[Operand, ...]:
     if seen is None or other is None or _sizes(cos) != _sizes(sin) or seen.dtype != other.dtype:
         return ()
     sizes = [*["1"] * (4 - seen.dim()), *_sizes(cos)]
-    _, heads, *rest = (sizes[dim] for dim in x.order)
+    _, heads, *rest = ("1" if dim is None else sizes[dim] for dim in x.order)
     alike = heads == "1" and rest == [str(size) for size in x.sizes[2:]]
     return (Operand(cos, x.order), Operand(sin, x.order)) if alike else ()
 
