@@ -106,14 +106,28 @@ class Roles:
     """The one of them whose batch and heads the result has."""
 
 
-def key_and_query(scores: Contraction, key: str) -> tuple[str, str] | None:
-    """Which dims of the scores are the keys, as the softmax over them says, and the queries; None if there are none."""
-    own = scores.right_labels if key in scores.right_labels else scores.left_labels
-    other = scores.left_labels if own is scores.right_labels else scores.right_labels
-    if key in other or key not in own:
+def query_of(scores: Contraction, key: str) -> str | None:
+    """Which dim of the scores are the queries, where the softmax runs over `key`; None if there is none.
+
+    It is the last one that K does not have: those before are heads that share one KV head.
+    """
+    sides = _sides(scores, key)
+    if sides is None:
         return None
-    queries = [label for label in scores.out_labels if label in other and label not in own]
-    return (key, queries[-1]) if queries else None  # those before are heads that share one KV head
+    (_, q_labels), (_, k_labels) = sides
+    return next((label for label in reversed(scores.out_labels) if label in q_labels and label not in k_labels), None)
+
+
+Side = tuple[fx.Node, str]
+"""One operand of a contraction, with its labels."""
+
+
+def _sides(scores: Contraction, key: str) -> tuple[Side, Side] | None:
+    """Q and K: the operand without `key`, and the one with it."""
+    left, right = (scores.left, scores.left_labels), (scores.right, scores.right_labels)
+    if (key in left[1]) == (key in right[1]):
+        return None
+    return (left, right) if key in right[1] else (right, left)
 
 
 def assign_roles(
@@ -121,15 +135,13 @@ def assign_roles(
 ) -> Roles | None:
     """Who is who, if the two contractions are an attention over the dim `key` of the scores.
 
-    `weights` is what the second one reads of the first, `layout` says which of its dims are which of the scores'.
+    `weights` is what the second one reads of the first, `layout` says which of its dims are which of the scores'. Of
+    scores `ABid,ABjd->ABij` with the key j and a result `ABij,ABje->ABie`: leading A and B, query i, inner d, value e.
     """
-    found = key_and_query(scores, key)
-    if found is None:
+    sides, query = _sides(scores, key), query_of(scores, key)
+    if sides is None or query is None:
         return None
-    _, query = found
-    q_first = key in scores.right_labels
-    q_node, q_labels = (scores.left, scores.left_labels) if q_first else (scores.right, scores.right_labels)
-    k_node, k_labels = (scores.right, scores.right_labels) if q_first else (scores.left, scores.left_labels)
+    (q_node, q_labels), (k_node, k_labels) = sides
     leading = [label for label in scores.out_labels if label not in (key, query)]
     inner = [label for label in q_labels if label in k_labels and label not in scores.out_labels]
     if len(inner) != 1 or not set(q_labels) <= {*leading, query, inner[0]}:

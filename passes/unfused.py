@@ -113,7 +113,7 @@ def _match(
         changed = changed_between(scores.node, weighted.node, operand.node)
         if changed is not None:
             walk.blocked(f"in-place {said(changed)}: needs q and k unchanged between the scores and the result")
-    is_causal, mask = _read_masks(walk.masks, layouts, contraction.key_and_query(scores, key))
+    is_causal, mask = _read_masks(walk.masks, layouts, f"{contraction.query_of(scores, key)}{key}")
     site = make_site(
         weighted.node,
         scores.spelling,
@@ -128,10 +128,9 @@ def _match(
         needs_grad=out.requires_grad,
         obstacle=walk.obstacle,
     )
-    leading = v if roles.leading is roles.v else q
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
-        result = leading.split(build, attend(build, *(item.emit(build, out.dtype) for item in (q, k, v))))
+        result = roles.leading.split(build, attend(build, *(item.emit(build, out.dtype) for item in (q, k, v))))
         if roles.out_order != tuple(range(out.dim())):
             result = build.call(torch.permute, result, roles.out_order)
         return result
@@ -145,15 +144,15 @@ def _result_obstacle(out: torch.Tensor, roles: Roles) -> str | None:
 
 
 def _read_masks(
-    given: list[_Mask], layouts: dict[fx.Node, Layout | None], key_and_query: tuple[str, str] | None
+    given: list[_Mask], layouts: dict[fx.Node, Layout | None], query_and_key: str
 ) -> tuple[bool, str | None]:
-    """Whether they are causal, and what those are that were not understood."""
+    """Whether they are causal, and what those are that were not understood; of scores that end in these two dims."""
     is_causal, other = False, None
     for item in given:
         where, scores, mask = layouts[item.call], tensor(item.call), tensor(item.mask)
-        assert where is not None and scores is not None and key_and_query is not None
+        assert where is not None and scores is not None
         seen = None
-        if where.dims[-2:] == "".join(reversed(key_and_query)) and mask is not None:
+        if where.dims[-2:] == query_and_key and mask is not None:
             if mask.is_floating_point() == item.added:
                 q_len, kv_len = scores.shape[-2:]
                 seen = masks.recognise(item.mask, q_len, kv_len, true_means_masked=item.when_true)
