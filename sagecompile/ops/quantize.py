@@ -31,6 +31,8 @@ SAMPLE = 128
 """Tokens, evenly spaced, that the balance of a head is taken from: with all of them errors are the same."""
 LEAST_RMS = 2.0**-7
 """Of a channel, relative to the head's largest, as the balance counts it."""
+LEAST_EXPONENT = 0.5
+"""By less, as a power of two, channels are not balanced: five times the deviation of a sample's."""
 WIDTH_STEP = 16
 """Rotated head dims are padded with zeros to a multiple of this."""
 
@@ -38,7 +40,7 @@ ROWS = 64
 """Consecutive queries of a head that are judged together, and are exact together. A kernel may take fewer or more."""
 MOST_ERROR = 0.022
 """Predicted for ROWS, beyond which they are exact: a whole call is then within 0.02. That of N(0, 1) is 0.012."""
-MOST_ERROR_OF_A_ROW = 0.1
+MOST_ERROR_OF_A_ROW = 0.07
 MOST_NOISE = 0.1
 """Of a score, beyond which its row is exact without a look at the softmax: so nothing is computed twice."""
 
@@ -68,15 +70,18 @@ def balance(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
     q (B, H, N, D): of all heads that share a head of K, one after the other; k: smoothed. a = sqrt(rms(k) / rms(q)) of
     each channel makes sum(rms(q * a)^2) * sum(rms(k / a)^2), to which the noise of rotated scores is proportional, the
-    least there is (Cauchy-Schwarz). Any a is exact: a sample of tokens does, and a NaN or Inf in it counts as 0.
+    least there is (Cauchy-Schwarz). Any a is exact: a sample of tokens does, and a NaN or Inf in it counts as 0. Where
+    channels are alike it is 1, as far as a sample can say: a part of the queries has the basis of all of them then.
     """
 
-    def rms(x: torch.Tensor) -> torch.Tensor:
+    def log2_rms(x: torch.Tensor) -> torch.Tensor:
         x = sample(x).double()
         size = torch.where(x.isfinite(), x, 0.0).square().mean(-2, keepdim=True).sqrt()
-        return size.maximum(size.amax(-1, keepdim=True) * LEAST_RMS).clamp_min(TINY)
+        return size.maximum(size.amax(-1, keepdim=True) * LEAST_RMS).clamp_min(TINY).log2()
 
-    return (rms(k) / rms(q)).sqrt().float()
+    exponent = (log2_rms(k) - log2_rms(q)) / 2
+    exponent = exponent - exponent.mean(-1, keepdim=True)
+    return torch.where(exponent.abs() > LEAST_EXPONENT, exponent, 0.0).exp2().float()
 
 
 def signs(width: int, device: torch.device | None = None) -> torch.Tensor:
@@ -91,20 +96,31 @@ def signs(width: int, device: torch.device | None = None) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """x (..., D) times the signs, then an orthonormal Hadamard matrix: (..., D up to a multiple of WIDTH_STEP).
+    """x (..., D) times the signs, then an orthonormal matrix: (..., D up to a multiple of WIDTH_STEP).
 
     A channel's outliers are spread over all channels, and every row is near a normal distribution, whose largest value
-    is small for its size. Where the width is no power of two: in blocks of the largest that divides it.
+    is small for its size. The matrix is Hadamard's. Where the width is no power of two, it is those of its parts (96 is
+    64 and 32), from the largest on, and then each part, from the last one on, mixed with the end of the one before.
     """
     width = -(-x.shape[-1] // WIDTH_STEP) * WIDTH_STEP
-    block = width & -width
-    x = F.pad(x * signs(x.shape[-1], x.device), (0, width - x.shape[-1])).unflatten(-1, (-1, block))
-    step = 1
-    while step < block:
+    sizes = [size for size in (256, 128, 64, 32, 16) if width & size]
+    parts = F.pad(x * signs(x.shape[-1], x.device), (0, width - x.shape[-1])).split(sizes, -1)
+    parts = [hadamard(part) for part in parts]
+    for i in range(len(sizes) - 1, 0, -1):
+        kept, end = parts[i - 1].split((sizes[i - 1] - sizes[i], sizes[i]), -1)
+        parts[i - 1] = torch.cat((kept, (end + parts[i]) * 0.5**0.5), -1)
+        parts[i] = (end - parts[i]) * 0.5**0.5
+    return torch.cat(parts, -1)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x (..., a power of two) times an orthonormal Hadamard matrix."""
+    size = step = x.shape[-1]
+    while step > 1:
+        step //= 2
         first, second = x.unflatten(-1, (-1, 2, step)).unbind(-2)
         x = torch.stack((first + second, first - second), -2).flatten(-3)
-        step *= 2
-    return (x * block**-0.5).flatten(-2)
+    return x * size**-0.5
 
 
 def int8_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
