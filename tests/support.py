@@ -173,3 +173,63 @@ def assert_no_site(fn: Callable[..., Any], *args: Any, **how: Any) -> Rewriter:
     assert backend.report.entries == ()
     assert relative_error(actual, expected) <= 1e-6
     return backend
+
+
+# Q and K that plain INT8 with a smoothed K does not hold, by name: the error of a whole call against float64, at most,
+# in qk_int8_pv_fp16 and in qk_int8_pv_fp8, and that of its worst row (0.25 where nothing is said).
+HARD = {
+    **{
+        f"a bias of {size} in {count} channels that RoPE turns, {form}": (0.02, 0.045) if size <= 60 else (0.03, 0.05)
+        for size in (3, 30, 60, 150)
+        for count in (1, 4, 8)
+        for form in ("halves", "interleaved")
+    },
+    **{f"a channel of K times {size}": (0.02, 0.045) if size <= 60 else (0.03, 0.05) for size in (3, 10, 30, 60, 100)},
+    "four channels of K times 30": (0.02, 0.045),
+    "a channel of Q times 30": (0.02, 0.045),
+    "a token of K times 20": (0.02, 0.045, float("inf")),  # of some rows it has half the weight
+    "every 97th token of K times 20": (0.02, 0.045),
+    "a constant of 3 added to Q": (0.03, 0.045),  # all rows look at the same few keys, and share their errors
+    **{f"scores of {size}": (0.02, 0.045) for size in (20, 200, 600)},
+}
+
+
+def hard_inputs(name: str, tokens: int, dim: int, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v of a row of HARD: N(0, 1) but for what the name says."""
+    q, k = torch.randn(1, heads, tokens, dim), torch.randn(1, kv_heads, tokens, dim)
+    numbers = [int(word) for word in name.replace(",", "").split() if word.isdigit()]
+    if "RoPE" in name:
+        size, count = numbers
+        bias = torch.zeros(dim)
+        bias[torch.randperm(dim)[:count]] = size * torch.tensor([1.0, -1.0, 0.7, 0.5, -0.8, 0.9, 0.6, -0.4])[:count]
+        q, k = (turned_by_rope(x, interleaved="interleaved" in name) for x in (q + 0.02 * bias, k + bias))
+    elif "channel of Q" in name:
+        q[..., 7] *= numbers[0]
+    elif "channel" in name:
+        k[..., 3 : 7 if "four" in name else 4] *= numbers[0]
+    elif "97th" in name:
+        k[:, :, ::97] *= 20
+    elif "token" in name:
+        k[:, :, tokens // 3] *= 20
+    elif "constant" in name:
+        q += 3
+    else:
+        q *= numbers[0] / 5  # the largest of so many N(0, 1)
+    return q, k, torch.randn_like(k)
+
+
+def turned_by_rope(x: torch.Tensor, *, interleaved: bool = False, base: float = 1e4) -> torch.Tensor:
+    """RoPE of x (B, H, N, D), by halves or by pairs of channels."""
+    tokens, dim = x.shape[-2:]
+    angle = torch.outer(torch.arange(tokens).float(), base ** (-torch.arange(0, dim, 2) / dim))
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+
+
+def assert_holds(name: str, format: str, actual: torch.Tensor, q: Any, k: Any, v: Any, is_causal: bool) -> None:
+    """The promise of a row of HARD."""
+    expected = exact_attention(q, k, v, is_causal=is_causal)
+    rows = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    whole, worst = HARD[name][(ACCURATE, FAST).index(format)], (*HARD[name], 0.25)[2]
+    assert relative_error(actual, expected) <= whole and float(rows.max()) <= worst

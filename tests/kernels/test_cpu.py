@@ -41,7 +41,7 @@ LENGTHS = {
     257: "one key in the second tile",
     700: "a prompt; no power of two near",
     1001: "odd, several tiles",
-    1025: "K's mean comes from every second token",
+    1025: "K's mean comes from every fifth token",
 }
 PAIRS = {
     (1, 2048): "decoding",

@@ -1,22 +1,26 @@
 // Attention on quantized Q and K for x86 CPUs with AVX-512 VNNI: INT8 QK^T, softmax in float32, PV in bfloat16.
 //
 // In: q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D) of float32, bfloat16 or float16 with any strides; D is at most 256.
-// Out: out = softmax(scale * q k^T) v, wholly written but for the heads that INT8 cannot hold, which are flagged.
+// Out: out = softmax(scale * q k^T) v, wholly written but for the heads that cannot be computed here (with a NaN or
+// Inf, or the steepest of scores), which are flagged.
 //
 // The loops, and what they cost on a Zen 4 core, which starts one 512-bit multiplication (INT8, bf16, float) a cycle:
 //
 //   pack (once for each KV head, shared by all its query heads)
-//     k -> INT8, less its mean, one scale for 64 tokens; panels of 32 tokens x D: word w of a panel holds dimensions
-//          4w..4w+3 of each of the 32 tokens, which is what vpdpbusd multiplies in its 2 x 16 lanes
+//     k -> less its mean, balanced with q and rotated (below), INT8, one scale for 64 tokens; panels of 32 tokens x D:
+//          word w of a panel holds dimensions 4w..4w+3 of each of the 32 tokens, which is what vpdpbusd multiplies in
+//          its 2 x 16 lanes
 //     v -> bfloat16; panels of 32 dimensions x 256 tokens: word w holds tokens 2w, 2w+1 of each dimension (vdpbf16ps)
 //   attend (each block of up to 96 queries of a head)
-//     q -> INT8, one scale for each token, stored as bytes q + 128 because vpdpbusd multiplies unsigned by signed; the
-//          128 * sum(k) that this adds to a score is taken away where the sum starts
+//     q -> balanced and rotated, INT8, one scale for each token, stored as bytes q + 128 because vpdpbusd multiplies
+//          unsigned by signed; the 128 * sum(k) that this adds to a score is taken away where the sum starts
 //     for each tile of 256 keys         96 KiB of K and V at D = 128: they stay in L2 for all queries of the block
 //       for each 12 queries             12 KiB of scores and 6 KiB of weights: they stay in L1
 //         scores   12 x 256 x D INT8    D / 4 cycles for 16 scores; measured 17.9 at D = 64 and 33.8 at D = 128
 //         softmax  12 x 256             8.6 cycles for 16 scores
 //         output   12 x D x 256 bf16    D / 2 cycles for 16 scores; measured 32.7 and 64.9
+//     judge each 12 queries: if the error that INT8 made them, as can be predicted now, is too large, once more from
+//          the caller's q and k, with scores in float32 (D cycles for 16) and the rest as it is
 //
 // So 16 scores take 59 cycles at D = 64 and 107 at D = 128, of which 48 and 96 are the multiplications: 81% and 89% of
 // what VNNI and bf16 can do. The rest: storing scores (2 cycles for 16) does not overlap with multiplying; the softmax
@@ -25,7 +29,8 @@
 // Both products run in one micro-kernel, `multiply`: 12 rows x 2 vectors of sums stay in registers, and a step loads 2
 // vectors and 12 broadcast words (of 4 INT8, 2 bf16 or 1 float) for 24 multiplications.
 //
-// The scheme is SageAttention's (arXiv:2410.02367) in FlashAttention's loop (arXiv:2307.08691).
+// The scheme is SageAttention's (arXiv:2410.02367) in FlashAttention's loop (arXiv:2307.08691). How Q and K change
+// basis before they are quantized, what is predicted and why is in sagecompile/ops/quantize.py, formula by formula.
 
 #include <immintrin.h>
 
@@ -62,7 +67,14 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float SMALLEST_AMAX = 0x1p-119f; // amax / 127 is then a normal number, and 127 / amax a finite one
 constexpr float LARGEST_V = 0x1p96f;       // so that no sum of weighted values overflows before it is divided
-constexpr float STEEPEST = 0x1p-6f;        // the same bound as in sagecompile.ops.quantize, and explained there
+
+// As in sagecompile.ops.quantize, and explained there.
+constexpr float STEEPEST = 0x1p-6f;
+constexpr int SAMPLE = 64;               // half as many as there: a short call should not wait for it
+constexpr float LEAST_SQUARE = 0x1p-14f; // LEAST_RMS squared
+constexpr float LEAST_EXPONENT = 0.5f;
+constexpr float MOST_ERROR = 0.022f, MOST_ERROR_OF_A_ROW = 0.07f, MOST_NOISE = 0.1f;
+constexpr float ROUNDING = 0.6931472f * 0.6931472f / 12.0f; // of noise
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -71,6 +83,12 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Int8 { // a word: 4 unsigned (rows) or signed (lanes) bytes
     static INLINE __m512i add(__m512i sum, __m512i row, __m512i lanes) { return _mm512_dpbusd_epi32(sum, row, lanes); }
+};
+
+struct Float32 {
+    static INLINE __m512 add(__m512 sum, __m512i row, __m512i lanes) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(lanes), sum);
+    }
 };
 
 // The weights and values: a word is 2 bfloat16 of consecutive keys where the CPU multiplies those, else 1 float.
@@ -100,9 +118,7 @@ struct Values {
 struct Values {
     static constexpr int KEYS_A_WORD = 1;
 
-    static INLINE __m512 add(__m512 sum, __m512i row, __m512i lanes) {
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(lanes), sum);
-    }
+    static INLINE __m512 add(__m512 sum, __m512i row, __m512i lanes) { return Float32::add(sum, row, lanes); }
     static INLINE __m512i pack(const float* key, int) { return _mm512_loadu_si512(key); }
     static INLINE __m512 store(uint32_t* words, __m512 low, __m512 high, __m512 sum) {
         _mm512_storeu_ps(words, low);
@@ -191,6 +207,64 @@ template <class T> struct Tensor {
     }
 };
 
+// ---- Change of basis ------------------------------------------------------------------------------------------------
+
+// x of 16 lanes times a Hadamard matrix of 16.
+INLINE __m512 rotate_lanes(__m512 x) {
+    const auto step = [](__m512 x, __m512 partner, __mmask16 second) { // x + partner, in `second` partner - x
+        return _mm512_fmadd_ps(x, _mm512_mask_blend_ps(second, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f)), partner);
+    };
+    x = step(x, _mm512_permute_ps(x, 0xB1), 0xAAAA);
+    x = step(x, _mm512_permute_ps(x, 0x4E), 0xCCCC);
+    x = step(x, _mm512_shuffle_f32x4(x, x, 0xB1), 0xF0F0);
+    return step(x, _mm512_shuffle_f32x4(x, x, 0x4E), 0xFF00);
+}
+
+// VECTORS x 16 floats times the factors, then a Hadamard matrix, in place and in registers.
+template <int VECTORS> INLINE void rotate_block(float* row, const float* factors) {
+    __m512 x[VECTORS];
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; ++i) {
+        x[i] = rotate_lanes(_mm512_mul_ps(_mm512_load_ps(row + 16 * i), _mm512_load_ps(factors + 16 * i)));
+    }
+#pragma GCC unroll 4
+    for (int step = 1; step < VECTORS; step *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTORS; ++i) {
+            if (i & step) continue;
+            const __m512 first = x[i], second = x[i + step];
+            x[i] = _mm512_add_ps(first, second);
+            x[i + step] = _mm512_sub_ps(first, second);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VECTORS; ++i) _mm512_store_ps(row + 16 * i, x[i]);
+}
+
+// The largest power of two in `width`, a multiple of 16: the first part of it that is rotated.
+INLINE int first_part(int width) { return 1 << (31 - __builtin_clz(width)); }
+
+// `width` floats times the factors, then rotated: each part, and what is mixed of two.
+inline void rotate(float* row, int width, const float* factors) {
+    const int part = first_part(width), rest = width - part;
+    switch (part / 16) {
+    case 1: rotate_block<1>(row, factors); break;
+    case 2: rotate_block<2>(row, factors); break;
+    case 4: rotate_block<4>(row, factors); break;
+    case 8: rotate_block<8>(row, factors); break;
+    default: rotate_block<16>(row, factors);
+    }
+    if (rest == 0) return;
+    rotate(row + part, rest, factors + part);
+    const int next = first_part(rest);
+    const __m512 half = _mm512_set1_ps(0.70710678f);
+    for (float* x = row + part - next; x < row + part; x += 16) {
+        const __m512 end = _mm512_load_ps(x), other = _mm512_load_ps(x + next);
+        _mm512_store_ps(x, _mm512_mul_ps(_mm512_add_ps(end, other), half));
+        _mm512_store_ps(x + next, _mm512_mul_ps(_mm512_sub_ps(end, other), half));
+    }
+}
+
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
 // The larger of `most` and every |x|, compared as integers: they are ordered alike, and NaN and Inf are the largest.
@@ -224,8 +298,8 @@ struct Shape {
 
     int64_t group() const { return q_heads / kv_heads; }
     int width() const { return round_up(dim, LANES); } // of V and the output
-    int k_width() const { return round_up(dim, 16); }  // of Q and K while they are quantized
-    int k_words() const { return ceil_div(dim, 4); }
+    int k_width() const { return round_up(dim, 16); }  // of Q and K, as they are rotated
+    int k_words() const { return k_width() / 4; }
     int64_t k_blocks() const { return ceil_div(kv_len, K_BLOCK); }
     int64_t tiles() const { return ceil_div(kv_len, KEYS); }
 };
@@ -258,6 +332,12 @@ class Scratch {
     int64_t size = 0;
 };
 
+// Of K_BLOCK keys, what errors are predicted from: |k|^2 as integers, sqrt(mean(|k|^4)), in which outlying tokens
+// count, and the mean of |v|^2, or more where some v outlie.
+struct Judged {
+    float k, v;
+};
+
 // What `pack` writes and `attend` reads: K and V of the KV heads from `first_head` on, as many as the memory is for.
 struct Packed {
     static int64_t words(const Shape& s, int64_t heads) {
@@ -267,23 +347,30 @@ struct Packed {
     }
     Packed(const Shape& s, int64_t first_head, int64_t heads, uint32_t* memory)
         : shape(s), first_head(first_head), k_size(sizes(s)[0]), v_size(sizes(s)[1]) {
-        uint32_t* parts[5];
-        for (int i = 0; i < 5; ++i) {
+        uint32_t* parts[PARTS];
+        for (int i = 0; i < PARTS; ++i) {
             parts[i] = memory;
             memory += round_up(heads * sizes(s)[i], 16);
         }
         k = parts[0];
         v = parts[1];
         start = (int32_t*)parts[2];
-        k_scale = (float*)parts[3];
-        mean = (float*)parts[4];
+        judged = (Judged*)parts[3];
+        k_scale = (float*)parts[4];
+        mean = (float*)parts[5];
+        factors = (float*)parts[6];
     }
     uint32_t* k_panel(int64_t head, int64_t key) const { return k + place(head) * k_size + key * shape.k_words(); }
     int32_t* starts(int64_t head, int64_t key) const { return start + place(head) * shape.k_blocks() * K_BLOCK + key; }
     float* k_scales(int64_t head, int64_t key) const {
         return k_scale + place(head) * shape.tiles() * BLOCKS + key / K_BLOCK;
     }
+    Judged* judged_by(int64_t head, int64_t key) const {
+        return judged + place(head) * shape.k_blocks() + key / K_BLOCK;
+    }
     float* k_mean(int64_t head) const { return mean + place(head) * shape.width(); }
+    float* q_factors(int64_t head) const { return factors + place(head) * 2 * shape.k_width(); }
+    float* k_factors(int64_t head) const { return q_factors(head) + shape.k_width(); }
     // The words of `key` in the panel that starts at dimension `dim`.
     uint32_t* v_panel(int64_t head, int64_t key, int dim) const {
         const int64_t tile = key / KEYS * TILE_WORDS * shape.width() + dim * TILE_WORDS;
@@ -293,10 +380,13 @@ struct Packed {
     const Shape& shape;
 
   private:
-    // Words a KV head of k, v, start, k_scale and mean.
-    static std::array<int64_t, 5> sizes(const Shape& s) {
+    static constexpr int PARTS = 7;
+
+    // Words a KV head of k, v, start, judged, k_scale, mean and factors.
+    static std::array<int64_t, PARTS> sizes(const Shape& s) {
         const int64_t keys = s.k_blocks() * K_BLOCK;
-        return {keys * s.k_words(), s.tiles() * TILE_WORDS * s.width(), keys, s.tiles() * BLOCKS, s.width()};
+        return {keys * s.k_words(), s.tiles() * TILE_WORDS * s.width(), keys, s.k_blocks() * 2, s.tiles() * BLOCKS,
+                s.width(), 2 * s.k_width()};
     }
     int64_t place(int64_t head) const { return head - first_head; }
 
@@ -304,13 +394,15 @@ struct Packed {
     uint32_t *k, *v;
     int32_t* start; // where the sum of products with that key starts: MAGIC_BITS, less what q + 128 adds
     float* k_scale; // of each K_BLOCK keys; infinite where K or V cannot be quantized
+    Judged* judged;
     float* mean;
+    float* factors; // of each channel, before it is rotated: of Q, then of K
 };
 
-// The mean of up to about 1024 tokens of K, evenly spread: any vector does, softmax does not see it.
+// The mean of up to about 256 tokens of K, evenly spread: any vector does, softmax does not see it.
 template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t head) {
     const Shape& shape = to.shape;
-    const int64_t step = 1 + (shape.kv_len - 1) / 1024;
+    const int64_t step = 1 + (shape.kv_len - 1) / 256;
     const __m512 part = _mm512_set1_ps(1.0f / ceil_div(shape.kv_len, step));
     float* mean = to.k_mean(head);
     std::fill_n(mean, shape.width(), 0.0f);
@@ -323,6 +415,66 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
             _mm512_store_ps(mean + d, _mm512_fmadd_ps(_mm512_load_ps(row + d), part, _mm512_load_ps(mean + d)));
         }
     }
+}
+
+// Mean squares of channels of up to SAMPLE of `count` tokens, evenly spread, less `mean`. What is no number, or one
+// that has no square, counts as 0.
+template <class Token>
+INLINE void find_squares(const Shape& shape, int64_t count, Token read, const float* mean, float* squares) {
+    const int width = shape.k_width();
+    const int64_t sample = std::min<int64_t>(SAMPLE, count);
+    std::fill_n(squares, width, 0.0f);
+    for (int64_t i = 0; i < sample; ++i) {
+        alignas(64) float row[MAX_DIM];
+        read(i * count / sample, row);
+        for (int d = 0; d < width; d += 16) {
+            const __m512 x = _mm512_sub_ps(_mm512_load_ps(row + d), _mm512_load_ps(mean + d));
+            const __mmask16 fine = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0x1p55f), _CMP_LE_OQ);
+            const __m512 sum = _mm512_load_ps(squares + d);
+            _mm512_store_ps(squares + d, _mm512_mask3_fmadd_ps(x, x, sum, fine));
+        }
+    }
+    __m512 most = _mm512_setzero_ps();
+    for (int d = 0; d < width; d += 16) most = _mm512_max_ps(most, _mm512_load_ps(squares + d));
+    const float largest = _mm512_reduce_max_ps(most);
+    for (int d = 0; d < width; d += 16) {
+        const __m512 least = _mm512_set1_ps(largest * LEAST_SQUARE), x = _mm512_load_ps(squares + d);
+        const __m512 mean = _mm512_div_ps(_mm512_max_ps(x, least), _mm512_set1_ps(float(sample)));
+        _mm512_store_ps(squares + d, largest > 0x1p-100f ? mean : _mm512_set1_ps(1.0f));
+    }
+}
+
+// The factors that balance the channels of Q, of all heads that share this one of K, and K, with the signs and the size
+// of the Hadamard matrix that comes then.
+template <class T> void find_factors(const Packed& to, const Tensor<T>& q, const Tensor<T>& k, int64_t head) {
+    const Shape& shape = to.shape;
+    const int64_t batch = head / shape.kv_heads, kv_head = head % shape.kv_heads, group = shape.group();
+    const int width = shape.k_width();
+    alignas(64) float of_q[MAX_DIM], of_k[MAX_DIM], zeros[MAX_DIM] = {};
+    const auto read = [&](const Tensor<T>& x, const T* token, float* row) { x.read(token, shape.dim, width, row); };
+    find_squares(shape, group * shape.q_len, [&](int64_t n, float* row) {
+        read(q, q.token(batch, kv_head * group + n / shape.q_len, n % shape.q_len), row);
+    }, zeros, of_q);
+    find_squares(shape, shape.kv_len, [&](int64_t n, float* row) {
+        read(k, k.token(batch, kv_head, n), row);
+    }, to.k_mean(head), of_k);
+    float ratios[MAX_DIM], mean = 0.0f; // logarithms to base 2
+    for (int d = 0; d < shape.dim; ++d) mean += ratios[d] = 0.25f * (std::log2(of_k[d]) - std::log2(of_q[d]));
+    mean /= shape.dim;
+    for (int d = 0, end = 0, part = 0; d < width; ++d) {
+        if (d == end) end += part = first_part(width - d);
+        const float size = 1.0f / std::sqrt(float(part));
+        const float sign = __builtin_popcount(d & d >> 1 & 0x5555) % 2 ? -size : size;
+        const float exponent = d < shape.dim ? ratios[d] - mean : 0.0f;
+        const float ratio = std::fabs(exponent) > LEAST_EXPONENT ? std::exp2(exponent) : 1.0f;
+        to.q_factors(head)[d] = sign * ratio;
+        to.k_factors(head)[d] = sign / ratio;
+    }
+}
+
+template <class T> void find_basis(const Packed& to, const Tensor<T>& q, const Tensor<T>& k, int64_t head) {
+    find_mean(to, k, head);
+    find_factors(to, q, k, head);
 }
 
 // Quantize 16 tokens of K into 16 lanes of a panel.
@@ -342,16 +494,20 @@ INLINE void pack_lanes(const float (*rows)[MAX_DIM], int width, float inverse, i
     }
 }
 
-// Where the sums of 16 lanes of a panel start, for queries that are 128 too large.
-INLINE __m512i start_of(const uint32_t* panel, int words) {
+// Where the sums of 16 lanes of a panel start, for queries that are 128 too large; and the lanes' |k|^2.
+INLINE __m512i start_of(const uint32_t* panel, int words, __m512i& squares) {
     __m512i excess = _mm512_setzero_si512();
+    squares = _mm512_setzero_si512();
     for (int w = 0; w < words; ++w) {
-        excess = _mm512_dpbusd_epi32(excess, _mm512_set1_epi8(int8_t(0x80)), _mm512_load_si512(panel + w * LANES));
+        const __m512i word = _mm512_load_si512(panel + w * LANES), size = _mm512_abs_epi8(word);
+        excess = _mm512_dpbusd_epi32(excess, _mm512_set1_epi8(int8_t(0x80)), word);
+        squares = _mm512_dpbusd_epi32(squares, size, size);
     }
     return _mm512_sub_epi32(_mm512_set1_epi32(MAGIC_BITS), excess);
 }
 
-// Quantize and pack tokens [from, from + count) of K, and zeros up to a whole panel; returns the largest |k - mean|.
+// Quantize and pack tokens [from, from + count) of K, and zeros up to a whole panel; returns the largest number that is
+// quantized.
 template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t head, int64_t from, int count) {
     const Shape& shape = to.shape;
     const int padded = round_up(count, LANES), width = shape.k_width();
@@ -365,15 +521,21 @@ template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t he
         for (int d = 0; d < width; d += 16) {
             _mm512_store_ps(rows[n] + d, _mm512_sub_ps(_mm512_load_ps(rows[n] + d), _mm512_load_ps(mean + d)));
         }
+        rotate(rows[n], width, to.k_factors(head));
         most = largest(rows[n], width, most);
     }
     for (int n = count; n < padded; ++n) std::fill_n(rows[n], width, 0.0f);
     const float amax = std::max(largest_of(most), SMALLEST_AMAX);
+    __m512 fourth = _mm512_setzero_ps();
     for (int n = 0; n < padded; n += 16) {
         uint32_t* const panel = to.k_panel(head, from + n / LANES * LANES) + n % LANES;
         pack_lanes(rows + n, width, 127.0f / amax, shape.k_words(), panel);
-        _mm512_store_si512(to.starts(head, from + n), start_of(panel, shape.k_words()));
+        __m512i squares;
+        _mm512_store_si512(to.starts(head, from + n), start_of(panel, shape.k_words(), squares));
+        const __m512 square = _mm512_cvtepi32_ps(squares);
+        fourth = _mm512_fmadd_ps(square, square, fourth);
     }
+    to.judged_by(head, from)->k = std::sqrt(_mm512_reduce_add_ps(fourth) / count);
     return amax;
 }
 
@@ -382,6 +544,7 @@ template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t he
     const Shape& shape = to.shape;
     const int width = shape.width();
     __m512i most = _mm512_setzero_si512();
+    __m512 squares = _mm512_setzero_ps();
     for (int n = 0; n < round_up(count, LANES); n += Values::KEYS_A_WORD) {
         alignas(64) float rows[Values::KEYS_A_WORD][MAX_DIM];
         for (int i = 0; i < Values::KEYS_A_WORD; ++i) {
@@ -389,13 +552,19 @@ template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t he
             v.prefetch(token, shape.dim);
             v.read(token, n + i < count ? shape.dim : 0, width, rows[i]);
             most = largest(rows[i], width, most);
+            for (int d = 0; d < width; d += 16) {
+                const __m512 x = _mm512_load_ps(rows[i] + d);
+                squares = _mm512_fmadd_ps(x, x, squares);
+            }
         }
         for (int d = 0; d < width; d += 16) {
             uint32_t* const words = to.v_panel(head, from + n, d / LANES * LANES) + d % LANES;
             _mm512_store_si512(words, Values::pack(rows[0] + d, MAX_DIM));
         }
     }
-    return largest_of(most);
+    const float amax = largest_of(most);
+    to.judged_by(head, from)->v = std::max(_mm512_reduce_add_ps(squares) / count, amax * amax * shape.dim / 64);
+    return amax;
 }
 
 template <class T> void pack(const Packed& to, const Tensor<T>& k, const Tensor<T>& v, int64_t head, int64_t from) {
@@ -422,10 +591,41 @@ INLINE __m512 exp2(__m512 x) {
 // The state of up to MAX_QUERIES queries.
 struct Block {
     alignas(64) uint32_t q[MAX_QUERIES][Q_WORDS]; // bytes q + 128
-    alignas(64) float factor[MAX_QUERIES];        // of an integer score, but for K's scale: a power of two follows
+    alignas(64) float factor[MAX_QUERIES + 16];   // of an integer score, but for K's scale: a power of two follows
     alignas(64) float top[MAX_QUERIES + 16];      // the largest score yet, as that power of two
     alignas(64) __m512 sum[MAX_QUERIES];          // of the weights, in 16 parts
     alignas(64) float out[MAX_QUERIES * MAX_DIM]; // (queries, width), not yet divided by the sum
+    alignas(64) float square[MAX_QUERIES + 16];   // |q|^2, of integers
+    // Weighted by the weights, in 16 parts: the noise of scores, squared, and |v|^2.
+    alignas(64) __m512 noise[MAX_QUERIES], values[MAX_QUERIES];
+};
+
+// Of some keys: their largest scale; the squares of their scales, and those times |k|^2, relative to that one; |v|^2.
+// The mean of |v|^2, and of the others the root of the mean of squares, in which blocks with outlying tokens count.
+struct Noise {
+    float scale, unit, k, v;
+
+    Noise(const Packed& kv, int64_t head, int64_t from, int64_t end) : scale(0.0f), unit(0.0f), k(0.0f), v(0.0f) {
+        const float* const scales = kv.k_scales(head, from);
+        const Judged* const judged = kv.judged_by(head, from);
+        const int blocks = int(ceil_div(end - from, K_BLOCK));
+        for (int b = 0; b < blocks; ++b) scale = std::max(scale, scales[b]);
+        for (int b = 0; b < blocks; ++b) {
+            const float relative = scales[b] / scale, square = relative * relative;
+            unit += square * square / blocks;
+            k += square * judged[b].k * square * judged[b].k / blocks;
+            v += judged[b].v / blocks;
+        }
+        unit = std::sqrt(unit);
+        k = std::sqrt(k);
+    }
+    // Of scores of 16 queries from number n on with them.
+    INLINE __m512 of(const Block& block, int n) const {
+        const __m512 size = _mm512_mul_ps(_mm512_loadu_ps(block.factor + n), _mm512_set1_ps(scale));
+        const __m512 square = _mm512_loadu_ps(block.square + n);
+        const __m512 both = _mm512_fmadd_ps(square, _mm512_set1_ps(unit), _mm512_set1_ps(k));
+        return _mm512_mul_ps(_mm512_mul_ps(size, size), _mm512_mul_ps(both, _mm512_set1_ps(ROUNDING)));
+    }
 };
 
 // The weights of ROWS queries for one tile of keys.
@@ -434,11 +634,22 @@ struct Tile {
     alignas(64) uint32_t weights[ROWS][TILE_WORDS];
     alignas(64) float units[ROWS][BLOCKS];        // a score's size as a power of two. Not 0: a hidden -inf would be NaN
     alignas(64) float shrink[16];                 // what each query's earlier weights are now to be multiplied with
+    alignas(64) float noise[16];                  // of each query's scores
 };
+
+// ROWS queries have met no key.
+INLINE void reset(Block& block, const Shape& shape, int row) {
+    for (int n = row; n < row + ROWS; ++n) {
+        block.top[n] = -INFINITY;
+        block.sum[n] = block.noise[n] = block.values[n] = _mm512_setzero_ps();
+    }
+    std::fill_n(block.out + row * shape.width(), ROWS * shape.width(), 0.0f);
+}
 
 // Read, quantize and reset; returns the largest factor, infinite where Q cannot be quantized. Missing queries are zero.
 template <class T>
-float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T* token, int count) {
+float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T* token, int count,
+                  const float* factors) {
     const int width = shape.k_width();
     const float sign = shape.scale < 0 ? -1.0f : 1.0f;
     float steepest = 0.0f;
@@ -446,38 +657,62 @@ float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T*
         alignas(64) float row[MAX_DIM];
         q.prefetch(token, shape.dim);
         q.read(token, n < count ? shape.dim : 0, width, row);
+        rotate(row, width, factors);
         const float amax = std::max(largest_of(largest(row, width, _mm512_setzero_si512())), SMALLEST_AMAX);
         if (!(amax <= FLT_MAX)) return INFINITY;
         quantize(row, width, sign * 127.0f / amax, 0x80, (uint8_t*)block.q[n], 16);
+        __m512 squares = _mm512_setzero_ps();
+        for (int d = 0; d < width; d += 16) {
+            const __m512 x = _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_set1_ps(127.0f / amax));
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+        block.square[n] = _mm512_reduce_add_ps(squares);
         block.factor[n] = amax / 127.0f * std::fabs(shape.scale) * LOG2_E;
         steepest = std::max(steepest, block.factor[n]);
-        block.top[n] = -INFINITY;
-        block.sum[n] = _mm512_setzero_ps();
     }
-    std::fill_n(block.out, round_up(count, ROWS) * shape.width(), 0.0f);
+    for (int row = 0; row < count; row += ROWS) reset(block, shape, row);
     return steepest;
 }
 
+// Scores as they stand in a tile: integers that MAGIC was added to, or numbers, which are powers of two already.
+struct Integers {
+    using Word = Int8;
+    static constexpr int STRIDE = Q_WORDS;
+    static constexpr float ZERO = MAGIC;
+};
+struct Numbers {
+    using Word = Float32;
+    static constexpr int STRIDE = MAX_DIM;
+    static constexpr float ZERO = 0.0f;
+};
+
+INLINE __m512i start_at(const int32_t* start) { return _mm512_load_si512(start); }
+INLINE __m512 start_at(const float* start) { return _mm512_load_ps(start); }
+INLINE void store_scores(float* to, __m512i scores) { _mm512_store_si512(to, scores); }
+INLINE void store_scores(float* to, __m512 scores) { _mm512_store_ps(to, scores); }
+
 // scores (ROWS, keys) of the tile, `keys` a multiple of LANES.
-INLINE void find_scores(Tile& tile, const uint32_t* q, const uint32_t* k, const int32_t* start, int keys, int words) {
-    for (int key = 0; key < keys; key += LANES, k += words * LANES) {
-        __m512i sums[ROWS][2];
+template <class Kind, class Start>
+INLINE void find_scores(Tile& tile, const uint32_t* q, const uint32_t* k, const Start* start, int step, int keys,
+                        int words) {
+    for (int key = 0; key < keys; key += LANES, k += words * LANES, start += step * LANES) {
+        decltype(start_at(start)) sums[ROWS][2];
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
-            sums[r][0] = _mm512_load_si512(start + key);
-            sums[r][1] = _mm512_load_si512(start + key + 16);
+            sums[r][0] = start_at(start);
+            sums[r][1] = start_at(start + 16);
         }
-        multiply<Int8, Q_WORDS>(q, k, words, sums);
+        multiply<typename Kind::Word, Kind::STRIDE>(q, k, words, sums);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
-            _mm512_store_si512(tile.scores[r] + key, sums[r][0]);
-            _mm512_store_si512(tile.scores[r] + key + 16, sums[r][1]);
+            store_scores(tile.scores[r] + key, sums[r][0]);
+            store_scores(tile.scores[r] + key + 16, sums[r][1]);
         }
     }
 }
 
 // The largest of a row's scores, as a power of two.
-INLINE float highest(const float* scores, const float* units, int keys) {
+template <class Kind> INLINE float highest(const float* scores, const float* units, int keys) {
     __m512 top = _mm512_set1_ps(-INFINITY);
     for (int begin = 0; begin < keys; begin += K_BLOCK) {
         __m512 most = _mm512_set1_ps(-INFINITY);
@@ -485,16 +720,18 @@ INLINE float highest(const float* scores, const float* units, int keys) {
             most = _mm512_max_ps(most, _mm512_load_ps(scores + key));
         }
         const __m512 unit = _mm512_set1_ps(units[begin / K_BLOCK]);
-        top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_sub_ps(most, _mm512_set1_ps(MAGIC)), unit));
+        top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_sub_ps(most, _mm512_set1_ps(Kind::ZERO)), unit));
     }
     return _mm512_reduce_max_ps(top);
 }
 
-// The weights of a row, 2^(score - top); returns their sum, added to `sum`.
-INLINE __m512 weigh(const float* scores, const float* units, float top, int keys, __m512 sum, uint32_t* weights) {
+// The weights of a row, 2^(score - top); returns their sum.
+template <class Kind>
+INLINE __m512 weigh(const float* scores, const float* units, float top, int keys, uint32_t* weights) {
+    __m512 sum = _mm512_setzero_ps();
     for (int begin = 0; begin < keys; begin += K_BLOCK) {
         const __m512 unit = _mm512_set1_ps(units[begin / K_BLOCK]);
-        const __m512 offset = _mm512_fmadd_ps(unit, _mm512_set1_ps(MAGIC), _mm512_set1_ps(top));
+        const __m512 offset = _mm512_fmadd_ps(unit, _mm512_set1_ps(Kind::ZERO), _mm512_set1_ps(top));
         for (int key = begin; key < begin + K_BLOCK; key += 32) {
             const __m512 low = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + key), unit, offset));
             const __m512 high = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + key + 16), unit, offset));
@@ -504,21 +741,26 @@ INLINE __m512 weigh(const float* scores, const float* units, float top, int keys
     return sum;
 }
 
-// One step of the online softmax: the tile's scores become weights, and the queries' tops and sums follow.
-INLINE void soften(Tile& tile, Block& block, int row, const float* k_scales, int keys) {
+// One step of the online softmax: the tile's scores become weights, and the queries' tops and sums follow. Units are in
+// the tile; for integers `noise` is of its keys.
+template <class Kind> INLINE void soften(Tile& tile, Block& block, int row, const Noise* noise, int keys) {
     const __m512 before = _mm512_loadu_ps(block.top + row);
     for (int r = 0; r < ROWS; ++r) {
-        for (int b = 0; b < keys / K_BLOCK; ++b) {
-            tile.units[r][b] = std::max(block.factor[row + r] * k_scales[b], FLT_MIN);
-        }
         float& top = block.top[row + r];
-        top = std::max(top, highest(tile.scores[r], tile.units[r], keys));
+        top = std::max(top, highest<Kind>(tile.scores[r], tile.units[r], keys));
     }
     _mm512_store_ps(tile.shrink, exp2(_mm512_sub_ps(before, _mm512_loadu_ps(block.top + row))));
+    if (noise) _mm512_store_ps(tile.noise, noise->of(block, row));
     for (int r = 0; r < ROWS; ++r) {
-        __m512& sum = block.sum[row + r];
-        sum = weigh(tile.scores[r], tile.units[r], block.top[row + r], keys,
-                    _mm512_mul_ps(sum, _mm512_set1_ps(tile.shrink[r])), tile.weights[r]);
+        const int n = row + r;
+        const __m512 shrink = _mm512_set1_ps(tile.shrink[r]);
+        const __m512 own = weigh<Kind>(tile.scores[r], tile.units[r], block.top[n], keys, tile.weights[r]);
+        block.sum[n] = _mm512_fmadd_ps(block.sum[n], shrink, own);
+        if (noise) {
+            const __m512 of_own = _mm512_mul_ps(own, _mm512_set1_ps(tile.noise[r]));
+            block.noise[n] = _mm512_fmadd_ps(block.noise[n], shrink, of_own);
+            block.values[n] = _mm512_fmadd_ps(block.values[n], shrink, _mm512_mul_ps(own, _mm512_set1_ps(noise->v)));
+        }
     }
 }
 
@@ -539,8 +781,11 @@ INLINE void add_values(float* out, int width, const Tile& tile, const uint32_t* 
     }
 }
 
-// ROWS queries, of which the first is number `position`, meet the tile of keys that starts at `from`.
-void meet(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from) {
+// ROWS queries, of which the first is number `position`, meet the tile of keys that starts at `from`: their scores are
+// found by `find(keys)` and their units by `find_units()`.
+template <class Kind, class Find, class Units>
+INLINE void meet(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from,
+                 const Noise* noise, Find find, Units find_units) {
     const Shape& shape = kv.shape;
     const auto visible = [&](int r) { // keys of the tile that query r sees
         const int64_t end = std::min(shape.kv_len, position + r + 1 + shape.ahead);
@@ -548,17 +793,169 @@ void meet(Tile& tile, Block& block, int row, int64_t position, const Packed& kv,
     };
     const int keys = round_up(visible(ROWS - 1), LANES), whole = round_up(keys, K_BLOCK);
     if (keys == 0) return;
-    find_scores(tile, block.q[row], kv.k_panel(head, from), kv.starts(head, from), keys, shape.k_words());
+    find(keys);
     for (int r = 0; r < ROWS; ++r) std::fill(tile.scores[r] + visible(r), tile.scores[r] + whole, -INFINITY);
-    soften(tile, block, row, kv.k_scales(head, from), whole);
+    find_units();
+    soften<Kind>(tile, block, row, noise, whole);
     for (int d = 0; d < shape.width(); d += LANES) {
         add_values(block.out + row * shape.width() + d, shape.width(), tile, kv.v_panel(head, from, d), keys);
     }
 }
 
-// Queries [first, first + count) of a head. False, and nothing written, if INT8 cannot hold them or the keys they meet.
+void meet_integers(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from,
+                   const Noise& noise) {
+    const auto find = [&](int keys) {
+        find_scores<Integers>(tile, block.q[row], kv.k_panel(head, from), kv.starts(head, from), 1, keys,
+                              kv.shape.k_words());
+    };
+    const auto find_units = [&] {
+        const float* const scales = kv.k_scales(head, from);
+        const int blocks = int(std::min<int64_t>(BLOCKS, kv.shape.k_blocks() - from / K_BLOCK));
+        for (int r = 0; r < ROWS; ++r) {
+            for (int b = 0; b < blocks; ++b) tile.units[r][b] = std::max(block.factor[row + r] * scales[b], FLT_MIN);
+        }
+    };
+    meet<Integers>(tile, block, row, position, kv, head, from, &noise, find, find_units);
+}
+
+// `q` (ROWS, STRIDE) and the panels of `k` as floats.
+void meet_numbers(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from,
+                  const float* q, const float* k) {
+    alignas(64) static constexpr float ZEROS[LANES] = {};
+    const auto find = [&](int keys) {
+        find_scores<Numbers>(tile, (const uint32_t*)q, (const uint32_t*)k, ZEROS, 0, keys, kv.shape.k_width());
+    };
+    const auto find_units = [&] { std::fill_n(tile.units[0], ROWS * BLOCKS, 1.0f); };
+    meet<Numbers>(tile, block, row, position, kv, head, from, nullptr, find, find_units);
+}
+
+// ---- The queries that INT8 does not hold ----------------------------------------------------------------------------
+
+// Whether the error that is predicted of `count` queries, one of them or all together, is too large.
+bool is_hard(const Block& block, const Shape& shape, int row, int count) {
+    alignas(64) float sums[16] = {}, noises[16] = {}, values[16] = {}, squares[16] = {};
+    for (int r = 0; r < count; ++r) {
+        __m512 square = _mm512_setzero_ps();
+        for (int d = 0; d < shape.width(); d += 16) {
+            const __m512 x = _mm512_load_ps(block.out + (row + r) * shape.width() + d);
+            square = _mm512_fmadd_ps(x, x, square);
+        }
+        sums[r] = _mm512_reduce_add_ps(block.sum[row + r]);
+        noises[r] = _mm512_reduce_add_ps(block.noise[row + r]);
+        values[r] = _mm512_reduce_add_ps(block.values[row + r]);
+        squares[r] = _mm512_reduce_add_ps(square);
+    }
+    const auto all = [](float x) { return _mm512_set1_ps(x); };
+    const __m512 p = _mm512_min_ps(_mm512_div_ps(all(1.0f), _mm512_load_ps(sums)), all(1.0f)), rest = all(1.0f) - p;
+    const __m512 noise = _mm512_load_ps(noises) * p, v = _mm512_load_ps(values) * p;
+    const __m512 size = _mm512_load_ps(squares) * p * p, least = p * v;
+    const __mmask16 alike = _mm512_cmp_ps_mask(least, size, _CMP_LT_OQ);
+    const __m512 common = _mm512_mask_div_ps(all(1.0f), alike, least, size);
+    const __m512 grown = _mm512_min_ps(noise * all(2.0f * LOG2_E), all(80.0f));
+    const __m512 error = noise * exp2(grown) * rest * _mm512_sqrt_ps(rest) * common;
+    // Sizes that have no square among floats count as the smallest or largest that do.
+    const __m512 weight = _mm512_min_ps(_mm512_max_ps(size, all(1e-30f)), all(1e30f));
+    const __mmask16 those = first(count);
+    const float errors = _mm512_mask_reduce_add_ps(those, error * weight);
+    const float sizes = _mm512_mask_reduce_add_ps(those, weight);
+    const auto most = all(MOST_ERROR_OF_A_ROW * MOST_ERROR_OF_A_ROW);
+    return _mm512_mask_cmp_ps_mask(those, error, most, _CMP_NLE_UQ) || !(errors <= MOST_ERROR * MOST_ERROR * sizes);
+}
+
+// 16 columns from `d` on of 16 rows of floats, each to 16 lanes of a panel.
+INLINE void transpose(const float (*rows)[MAX_DIM], int d, float* panel) {
+    __m512 x[16], y[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_load_ps(rows[i] + d);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    const auto pairs = [](__m512 a, __m512 b, bool high) {
+        const __m512d low = _mm512_castps_pd(a), other = _mm512_castps_pd(b);
+        return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(low, other) : _mm512_unpacklo_pd(low, other));
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) { // x[i + j]: of each 4 columns number j, of rows i to i + 3
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) x[i + j] = pairs(y[i + j / 2], y[i + j / 2 + 2], j % 2);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const __m512 even = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88);
+        const __m512 odd = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xDD);
+        const __m512 even_too = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88);
+        const __m512 odd_too = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xDD);
+        float* const to = panel + (d + j) * LANES;
+        _mm512_store_ps(to, _mm512_shuffle_f32x4(even, even_too, 0x88));
+        _mm512_store_ps(to + 4 * LANES, _mm512_shuffle_f32x4(odd, odd_too, 0x88));
+        _mm512_store_ps(to + 8 * LANES, _mm512_shuffle_f32x4(even, even_too, 0xDD));
+        _mm512_store_ps(to + 12 * LANES, _mm512_shuffle_f32x4(odd, odd_too, 0xDD));
+    }
+}
+
+// The tile of K that starts at `from` less its mean, as panels of floats.
+template <class T> void unpacked(const Packed& kv, const Tensor<T>& k, int64_t head, int64_t from, float* panels) {
+    const Shape& shape = kv.shape;
+    const int width = shape.k_width(), count = int(std::min<int64_t>(KEYS, shape.kv_len - from));
+    const float* mean = kv.k_mean(head);
+    for (int n = 0; n < round_up(count, LANES); n += 16) {
+        alignas(64) float rows[16][MAX_DIM];
+        for (int i = 0; i < 16; ++i) {
+            const bool there = n + i < count;
+            const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i);
+            if (there) k.prefetch(token, shape.dim);
+            k.read(token, there ? shape.dim : 0, width, rows[i]);
+            for (int d = 0; there && d < width; d += 16) {
+                _mm512_store_ps(rows[i] + d, _mm512_sub_ps(_mm512_load_ps(rows[i] + d), _mm512_load_ps(mean + d)));
+            }
+        }
+        float* const panel = panels + n / LANES * LANES * width + n % LANES;
+        for (int d = 0; d < width; d += 16) transpose(rows, d, panel);
+    }
+}
+
+thread_local Scratch of_numbers;
+std::atomic<int64_t> exact_rows;
+
+// The hard ones of the block's queries once more, with scores in float32. False if there is no memory.
 template <class T>
-bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& out, int64_t head, int64_t first, int count) {
+bool attend_in_numbers(Block& block, Tile& tile, const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, int64_t head,
+                       int64_t kv_head, int64_t first, int count, const bool* hard) {
+    const Shape& shape = kv.shape;
+    const int width = shape.k_width();
+    float* const rows = (float*)of_numbers.get(MAX_QUERIES * Numbers::STRIDE + KEYS * width);
+    if (!rows) return false;
+    float* const panels = rows + MAX_QUERIES * Numbers::STRIDE;
+    int again = 0;
+    for (int n = 0; n < round_up(count, ROWS); ++n) {
+        if (!hard[n / ROWS]) continue;
+        float* const row = rows + n * Numbers::STRIDE;
+        q.read(q.token(head / shape.q_heads, head % shape.q_heads, first + n), n < count ? shape.dim : 0, width, row);
+        for (int d = 0; d < width; d += 16) {
+            _mm512_store_ps(row + d, _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_set1_ps(shape.scale * LOG2_E)));
+        }
+        if (n % ROWS == 0) reset(block, shape, n);
+        again += n < count;
+    }
+    for (int64_t key = 0; key < std::min(shape.kv_len, first + count + shape.ahead); key += KEYS) {
+        unpacked(kv, k, kv_head, key, panels);
+        for (int row = 0; row < count; row += ROWS) {
+            if (hard[row / ROWS]) {
+                meet_numbers(tile, block, row, first + row, kv, kv_head, key, rows + row * Numbers::STRIDE, panels);
+            }
+        }
+    }
+    exact_rows.fetch_add(again, std::memory_order_relaxed);
+    return true;
+}
+
+// Queries [first, first + count) of a head. False, and nothing written, if neither INT8 nor floats can hold them or the
+// keys they meet.
+template <class T>
+bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& out, int64_t head, int64_t first,
+            int count) {
     const Shape& shape = kv.shape;
     const int64_t batch = head / shape.q_heads, q_head = head % shape.q_heads;
     const int64_t kv_head = batch * shape.kv_heads + q_head / shape.group();
@@ -566,10 +963,28 @@ bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& out, int64_t 
     Tile tile;
     const float* k_scales = kv.k_scales(kv_head, 0);
     const float k_scale = *std::max_element(k_scales, k_scales + shape.k_blocks());
-    if (!(start_block(block, shape, q, q.token(batch, q_head, first), count) * k_scale <= STEEPEST)) return false;
-    for (int64_t key = 0; key < shape.kv_len; key += KEYS) {
-        for (int row = 0; row < count; row += ROWS) meet(tile, block, row, first + row, kv, kv_head, key);
+    const T* const token = q.token(batch, q_head, first);
+    if (!(start_block(block, shape, q, token, count, kv.q_factors(kv_head)) * k_scale <= STEEPEST)) return false;
+
+    bool hard[MAX_QUERIES / ROWS] = {}, some = false;
+    const Noise usual(kv, kv_head, 0, shape.kv_len);
+    for (int row = 0; row < count; row += ROWS) {
+        const __mmask16 those = ::first(std::min(ROWS, count - row));
+        const __m512 most = _mm512_set1_ps(MOST_NOISE * MOST_NOISE);
+        hard[row / ROWS] = _mm512_mask_cmp_ps_mask(those, usual.of(block, row), most, _CMP_NLE_UQ);
     }
+    for (int64_t key = 0; key < shape.kv_len; key += KEYS) {
+        const Noise noise(kv, kv_head, key, std::min(shape.kv_len, key + KEYS));
+        for (int row = 0; row < count; row += ROWS) {
+            if (!hard[row / ROWS]) meet_integers(tile, block, row, first + row, kv, kv_head, key, noise);
+        }
+    }
+    for (int row = 0; row < count; row += ROWS) {
+        bool& here = hard[row / ROWS];
+        here = here || is_hard(block, shape, row, std::min(ROWS, count - row));
+        some |= here;
+    }
+    if (some && !attend_in_numbers(block, tile, kv, q, k, head, kv_head, first, count, hard)) return false;
     for (int n = 0; n < count; ++n) {
         const float sum = _mm512_reduce_add_ps(block.sum[n]);
         out.write(out.token(batch, q_head, first + n), shape.dim, block.out + n * shape.width(), 1.0f / sum);
@@ -608,7 +1023,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     const int64_t whole_blocks = ceil_div(shape.q_len, whole_size), blocks = ceil_div(shape.q_len, shared_size);
     const auto attend_block = [&](const Packed& packed, int64_t head, int64_t block, int64_t size) {
         const int64_t first = block * size;
-        if (!attend(packed, q, out, head, first, int(std::min(size, shape.q_len - first)))) {
+        if (!attend(packed, q, k, out, head, first, int(std::min(size, shape.q_len - first)))) {
 #pragma omp atomic write
             flags[head] = 1;
         }
@@ -631,7 +1046,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
                 continue;
             }
             const Packed own(shape, head, 1, memory);
-            find_mean(own, k, head);
+            find_basis(own, q, k, head);
             for (int64_t block = 0; block < k_blocks; ++block) pack(own, k, v, head, block * K_BLOCK);
             for (int64_t i = 0; i < group * whole_blocks; ++i) {
                 attend_block(own, head * group + i / whole_blocks, i % whole_blocks, whole_size);
@@ -640,7 +1055,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
         one_head.trim(threads);
         if (shared) {
 #pragma omp for schedule(dynamic)
-            for (int64_t head = whole; head < kv_heads; ++head) find_mean(packed, k, head);
+            for (int64_t head = whole; head < kv_heads; ++head) find_basis(packed, q, k, head);
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < shared * k_blocks; ++i) {
                 pack(packed, k, v, whole + i / k_blocks, i % k_blocks * K_BLOCK);
@@ -675,8 +1090,12 @@ template <class T> bool run_typed(const Shape& shape, const Arguments& a) {
 // caller. Returns 0, or 1 if there is no memory.
 extern "C" int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale,
                                      uint8_t* flags) {
-    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], sizes[5], sizes[6], int(sizes[3]), scale};
+    const int64_t seen = std::min(sizes[5], sizes[2] + sizes[6]); // no key behind influences anything
+    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], seen, sizes[6], int(sizes[3]), scale};
     const Arguments arguments{q, k, v, out, sizes + 9, int(sizes[8]), flags};
     const auto typed = sizes[7] == 0 ? run_typed<float> : sizes[7] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
     return typed(shape, arguments) ? 0 : 1;
 }
+
+// How many rows of the output were computed exactly since this was last asked, but for those of flagged heads.
+extern "C" int64_t sagecompile_exact_rows() { return exact_rows.exchange(0); }

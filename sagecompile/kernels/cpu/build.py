@@ -43,15 +43,21 @@ def why_not() -> str | None:
 
 @cache
 def function(*extra_flags: str, bf16: bool = True) -> Any:
-    """The kernel as a ctypes function, which releases the GIL; UnsupportedError where it cannot be had."""
+    """The kernel as a ctypes function, which releases the GIL; UnsupportedError where it cannot be had.
+
+    Its attribute `exact_rows` returns how many rows were computed exactly since it was last called.
+    """
     reason = why_not()
     if reason is not None:
         raise UnsupportedError(reason)
     used = [*NEEDED, *(name for name in USED_WHERE_THERE if bf16 and name in features())]
     machine = [f"-m{name.replace('_', '')}" for name in used]
     built = compiler.library(SOURCE, "the CPU attention kernel", [*FLAGS, *machine, *extra_flags])
-    attention = ctypes.CDLL(str(built)).sagecompile_attention
+    library = ctypes.CDLL(str(built))
+    attention = library.sagecompile_attention
     attention.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_float, ctypes.c_void_p)
+    attention.exact_rows = library.sagecompile_exact_rows
+    attention.exact_rows.restype = ctypes.c_int64
     return attention
 
 
