@@ -11,6 +11,7 @@
 // Compile-time settings besides common.cuh's: CAUSAL, CONSUMERS (warpgroups), STAGES (tiles of K and V in flight),
 // OVERLAP (1: PV and the next QK^T are in flight together, which takes registers), LAG (see exponentiate).
 #include "prologue.cuh"
+#include "rotate.cuh"
 #include "wgmma.cuh"
 
 struct Parameters {
@@ -530,6 +531,7 @@ struct Consumer {
             float x[16];
             raw.unpack(x);
             p.prologue.apply(x, batch, n, n < p.q_len, t);
+            rotate(x);
             const unsigned bits = max_of_row(amax_bits(x));
             const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
             factor[pass] = bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) * fabsf(p.scale_log2e) : infinity();

@@ -2,11 +2,12 @@
 //
 // In: k, v with any strides. Out: for each KV head and 128 tokens one block of KV_TILE bytes (common.cuh).
 // K: RMSNorm and RoPE if asked for, minus the mean of a sample of its tokens (softmax does not see a vector subtracted
-// from every key), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying tile's own, or 16-bit;
+// from every key), rotated (rotate.cuh), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying tile's own, or 16-bit;
 // transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is needed of other tiles, so K
 // and V come from memory once. What limits is that memory: each block takes many tiles of K, or of V, one after the
 // other, and the rows of the next ones are on their way into shared memory meanwhile.
 #include "prologue.cuh"
+#include "rotate.cuh"
 
 struct Parameters {
     Tensor k, v;
@@ -162,6 +163,7 @@ struct KeyTile {
 #pragma unroll
                 for (int i = 0; i < 16; ++i) x[pass][i] -= mean[t() * MEAN_PITCH + i];
             }
+            rotate(x[pass]);
             largest = max(largest, amax_bits(x[pass]));
         }
         const unsigned bits = max_of_tile(largest, scratch);
@@ -174,7 +176,7 @@ struct KeyTile {
         }
         if (threadIdx.x == 0)
             reinterpret_cast<Header*>(tile + K_TILE)->k_scale =
-                bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) : infinity();
+                bits < INFINITY_BITS ? amax * (ROTATION_SQUARED / LARGEST_INT8) : infinity();
         bulk_store(tile, staged, K_TILE);
     }
 };
