@@ -10,7 +10,6 @@
 // a maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
 // Compile-time settings besides common.cuh's: CAUSAL, CONSUMERS (warpgroups), STAGES (tiles of K and V in flight),
 // OVERLAP (1: PV and the next QK^T are in flight together, which takes registers), LAG (see exponentiate).
-#include "prologue.cuh"
 #include "rotate.cuh"
 #include "wgmma.cuh"
 
@@ -529,9 +528,13 @@ struct Consumer {
                     raw.words[i] = *reinterpret_cast<uint4*>(own() + in_warp * D * ELEMENT + Row::offset(i, t));
             }
             float x[16];
-            raw.unpack(x);
-            p.prologue.apply(x, batch, n, n < p.q_len, t);
-            rotate(x);
+            if constexpr (DIRECT) {
+                rotate(raw, x);
+            } else {
+                raw.unpack(x);
+                p.prologue.apply(x, batch, n, n < p.q_len, t);
+                rotate(x);
+            }
             const unsigned bits = max_of_row(amax_bits(x));
             const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
             factor[pass] = bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) * fabsf(p.scale_log2e) : infinity();

@@ -6,7 +6,6 @@
 // transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is needed of other tiles, so K
 // and V come from memory once. What limits is that memory: each block takes many tiles of K, or of V, one after the
 // other, and the rows of the next ones are on their way into shared memory meanwhile.
-#include "prologue.cuh"
 #include "rotate.cuh"
 
 struct Parameters {
@@ -61,7 +60,7 @@ __device__ __forceinline__ int row_of(int channel) {
 // Where thread t of a row finds the mean of its channels: all threads in different banks.
 constexpr int MEAN_PITCH = 20;
 
-// The mean of 128 evenly spaced tokens of K.
+// The mean of 128 evenly spaced tokens of K; rotated if they will be before it is subtracted.
 __device__ __forceinline__ void take_mean(const Parameters& p, int batch, int head, float* mean) {
     __shared__ float sums[WARPS][D];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % LANES;
@@ -99,6 +98,19 @@ __device__ __forceinline__ void take_mean(const Parameters& p, int batch, int he
         mean[threadIdx.x / 16 * MEAN_PITCH + threadIdx.x % 16] = total / count;
     }
     __syncthreads();
+    if constexpr (DIRECT) {
+        if (warp == 0) {  // all rows of a warp are the mean here
+            float x[16];
+#pragma unroll
+            for (int i = 0; i < 16; ++i) x[i] = t < D / 16 ? mean[t * MEAN_PITCH + i] : 0.0f;
+            rotate(x);
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 16; ++i)
+                if (lane < LANES) mean[t * MEAN_PITCH + i] = x[i];
+        }
+        __syncthreads();
+    }
 }
 
 // Bytes of shared memory to global memory, in the background until bulk_stored.
@@ -155,15 +167,22 @@ struct KeyTile {
             Row raw;
 #pragma unroll
             for (int i = 0; i < Row::CHUNKS; ++i) raw.words[i] = words[pass * Row::CHUNKS + i];
-            raw.unpack(x[pass]);
             const int64 n = at.first + token(pass * Row::CHUNKS);
             const bool inside = n < p.length;
-            p.prologue.apply(x[pass], at.batch, n, inside, t());
-            if (inside && is_mine()) {
+            const auto smooth = [&] {
+                if (!inside || !is_mine()) return;
 #pragma unroll
                 for (int i = 0; i < 16; ++i) x[pass][i] -= mean[t() * MEAN_PITCH + i];
+            };
+            if constexpr (DIRECT) {
+                rotate(raw, x[pass]);
+                smooth();
+            } else {
+                raw.unpack(x[pass]);
+                p.prologue.apply(x[pass], at.batch, n, inside, t());
+                smooth();
+                rotate(x[pass]);
             }
-            rotate(x[pass]);
             largest = max(largest, amax_bits(x[pass]));
         }
         const unsigned bits = max_of_tile(largest, scratch);
