@@ -3,8 +3,8 @@
 // In: q with any strides, the tiles of K and V. Out: out, wholly written, and for every 16 rows whether they must be
 // computed again without quantization.
 // One block of threads a multiprocessor takes query tiles one after the other: a loader warp brings K and V by bulk
-// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for) and run
-// FlashAttention-3's loop (https://arxiv.org/abs/2407.08608).
+// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for, and rotated)
+// and run FlashAttention-3's loop (https://arxiv.org/abs/2407.08608).
 // Why so, by measurement: the tensor cores are idle half of the time, and what limits is one warp's chain of
 // instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has eight rows of ones more),
 // a maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
@@ -515,6 +515,7 @@ struct Consumer {
         const int t = lane % LANES;
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
+        const Rotation rotation;
         uint4 q[PASSES];
         float factor[PASSES];
 #pragma unroll
@@ -529,11 +530,11 @@ struct Consumer {
             }
             float x[16];
             if constexpr (DIRECT) {
-                rotate(raw, x);
+                rotate(rotation, raw, x);
             } else {
                 raw.unpack(x);
                 p.prologue.apply(x, batch, n, n < p.q_len, t);
-                rotate(x);
+                rotate(rotation, x);
             }
             const unsigned bits = max_of_row(amax_bits(x));
             const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);

@@ -2,10 +2,10 @@
 //
 // In: k, v with any strides. Out: for each KV head and 128 tokens one block of KV_TILE bytes (common.cuh).
 // K: RMSNorm and RoPE if asked for, minus the mean of a sample of its tokens (softmax does not see a vector subtracted
-// from every key), rotated (rotate.cuh), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying tile's own, or 16-bit;
-// transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is needed of other tiles, so K
-// and V come from memory once. What limits is that memory: each block takes many tiles of K, or of V, one after the
-// other, and the rows of the next ones are on their way into shared memory meanwhile.
+// from every key), rotated (rotate.cuh), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying
+// tile's own, or 16-bit; transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is
+// needed of other tiles, so K and V come from memory once. What limits is that memory: each block takes many tiles of K,
+// or of V, one after the other, and the rows of the next ones are on their way into shared memory meanwhile.
 #include "rotate.cuh"
 
 struct Parameters {
@@ -61,7 +61,8 @@ __device__ __forceinline__ int row_of(int channel) {
 constexpr int MEAN_PITCH = 20;
 
 // The mean of 128 evenly spaced tokens of K; rotated if they will be before it is subtracted.
-__device__ __forceinline__ void take_mean(const Parameters& p, int batch, int head, float* mean) {
+__device__ __forceinline__ void take_mean(const Parameters& p, const Rotation& rotation, int batch, int head,
+                                          float* mean) {
     __shared__ float sums[WARPS][D];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % LANES;
     const int count = min(TILE, p.length);
@@ -103,7 +104,7 @@ __device__ __forceinline__ void take_mean(const Parameters& p, int batch, int he
             float x[16];
 #pragma unroll
             for (int i = 0; i < 16; ++i) x[i] = t < D / 16 ? mean[t * MEAN_PITCH + i] : 0.0f;
-            rotate(x);
+            rotate(rotation, x);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < 16; ++i)
@@ -158,8 +159,8 @@ struct KeyTile {
     static __device__ __forceinline__ int channel(int chunk) { return Row::offset(chunk % Row::CHUNKS, t()) / ELEMENT; }
 
     static __device__ __forceinline__ void quantize(const Parameters& p, const uint4 (&words)[CHUNKS],
-                                                    const Position& at, const float* mean, char* tile, char* staged,
-                                                    unsigned* scratch) {
+                                                    const Position& at, const Rotation& rotation, const float* mean,
+                                                    char* tile, char* staged, unsigned* scratch) {
         float x[PASSES][16];
         unsigned largest = 0;
 #pragma unroll
@@ -169,19 +170,20 @@ struct KeyTile {
             for (int i = 0; i < Row::CHUNKS; ++i) raw.words[i] = words[pass * Row::CHUNKS + i];
             const int64 n = at.first + token(pass * Row::CHUNKS);
             const bool inside = n < p.length;
-            const auto smooth = [&] {
-                if (!inside || !is_mine()) return;
-#pragma unroll
-                for (int i = 0; i < 16; ++i) x[pass][i] -= mean[t() * MEAN_PITCH + i];
-            };
+            const float* shift = mean + t() * MEAN_PITCH;
             if constexpr (DIRECT) {
-                rotate(raw, x[pass]);
-                smooth();
+                rotate(rotation, raw, x[pass]);
+                const float minus = inside ? -1.0f : 0.0f;  // of a mean that is not finite no tile is used
+#pragma unroll
+                for (int i = 0; i < 16; ++i) x[pass][i] = fmaf(shift[i], minus, x[pass][i]);
             } else {
                 raw.unpack(x[pass]);
                 p.prologue.apply(x[pass], at.batch, n, inside, t());
-                smooth();
-                rotate(x[pass]);
+                if (inside && is_mine()) {
+#pragma unroll
+                    for (int i = 0; i < 16; ++i) x[pass][i] -= shift[i];
+                }
+                rotate(rotation, x[pass]);
             }
             largest = max(largest, amax_bits(x[pass]));
         }
@@ -314,10 +316,12 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
 
     for (int i = 0; i < STAGES; ++i) request(begin + i);
     Position at(p, begin);
+    Rotation rotation;
+    if constexpr (Tile::OF_K && DIRECT && D != 96) rotation.keep();  // else there are no registers for it
     float usual = 0.0f;
     for (int item = begin; item < end; ++item, at.advance(p)) {
         if (item == begin || at.first == 0) {  // of a head the first tile here
-            if constexpr (Tile::OF_K) take_mean(p, at.batch, at.head, mean);
+            if constexpr (Tile::OF_K) take_mean(p, rotation, at.batch, at.head, mean);
             else if constexpr (FP8) usual = usual_amax(p, at.batch, at.head, scratch);
         }
         uint4 words[Tile::CHUNKS] = {};
@@ -331,7 +335,7 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
         }
         request(item + STAGES);
         char* tile = p.tiles + static_cast<int64>(item) * KV_TILE;
-        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, mean, tile, staged, scratch);
+        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, rotation, mean, tile, staged, scratch);
         else Tile::quantize(p, words, usual, tile, staged, scratch);
     }
     bulk_stored();

@@ -1,8 +1,8 @@
 // Rotation of a row of Q or K before INT8, the same of both, so that no score changes: see sagecompile.ops.quantize.
 //
 // Signs by a quadratic form of the channel's bits, then a Hadamard matrix over the channels: of all 64 or 128, or of 32
-// of 96 at a time. An outlier is spread over that many, and the row's largest value, which is its scale, is small.
-// A bit of the channel is a bit of the thread or of the value's index in it (see channel_of), and one step of the matrix
+// of 96 at a time. An outlier is spread over that many, so that the row's largest value, its scale, is small.
+// A bit of the channel is a bit of the thread or of the value's index in it (see channel_of), one step of the matrix
 // a sum and a difference along it. Three or four of the bits are one multiplication on the tensor cores, which brings
 // values of other threads without shuffles: of 16-bit values as they were read, else in TF32, whose rounding is a
 // hundredth of INT8's. The result is not scaled, and in an order and with signs of its own.
@@ -15,19 +15,26 @@ constexpr float ROTATION_SQUARED = 1.0f / ROTATED;  // what a product of two rot
 // Whether rows are rotated as they were read, which is exact.
 constexpr bool DIRECT = ELEMENT == 2 && !NORM && ROPE == 0;
 
-// The matrix of a multiplication, -1 as 1: rows by bit 3 of the index, t1 and t0, as its operand wants them; columns so
-// that a thread gets those of the result, too.
-struct Signs {
-    unsigned first, second, t0;  // bit 3 of the index 0, and 1
-    bool zero;                   // of 96 channels t1 stays what it is
+// The matrix of a multiplication: rows by bit 3 of the index, t1 and t0, as its operand wants them; columns so that a
+// thread gets those of the result, too. Signs are masks of one or two floats in a word.
+struct Rotation {
+    unsigned first, second;  // of bit 3 of the index 0, and 1
+    unsigned flip;           // of those with bit 2 of the index
+    unsigned kept = ~0u;     // of 96 channels t1 stays what it is, and no other is added
 
-    __device__ __forceinline__ Signs() {
-        const unsigned lane = threadIdx.x % 32, t1 = lane >> 1, n0 = lane >> 2, n1 = lane >> 3, n2 = lane >> 4;
-        t0 = lane & 1;
-        first = ((t0 & n1) ^ (D == 96 ? 0 : t1 & n2)) & 1;
-        second = (first ^ n0 ^ (D == 64 ? t1 : 0)) & 1;
-        zero = D == 96 && ((t1 ^ n2) & 1);
+    __device__ __forceinline__ Rotation() {
+        constexpr unsigned both = 0x80008000u;
+        const unsigned lane = threadIdx.x % 32;
+        const unsigned t0 = lane, t1 = lane >> 1, n0 = lane >> 2, n1 = lane >> 3, n2 = lane >> 4;
+        const unsigned odd = (t0 & n1) ^ (D == 96 ? 0 : t1 & n2);
+        first = (odd & 1) * both;
+        second = ((odd ^ n0 ^ (D == 64 ? t1 : 0)) & 1) * both;
+        flip = (t0 & 1) * both;
+        if (D == 96 && ((t1 ^ n2) & 1)) kept = 0;
     }
+
+    // Not to be computed again for each row.
+    __device__ __forceinline__ void keep() { asm volatile("" : "+r"(first), "+r"(second), "+r"(flip)); }
 };
 
 // The steps along bits `step` and up of the index, then along the thread's third bit, if it counts.
@@ -58,39 +65,38 @@ __device__ __forceinline__ unsigned to_tf32(float x) {
 }
 
 // Thread t's part of a row (see Row). All threads of a warp must come here.
-__device__ __forceinline__ void rotate(float (&x)[16]) {
-    const Signs signs;
+__device__ __forceinline__ void rotate(const Rotation& by, float (&x)[16]) {
+    constexpr unsigned mask = 0x80000000u;
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-        const unsigned flip = i >= 4 ? signs.t0 << 31 : 0, one = signs.zero ? 0 : 0x3f800000u ^ flip;
+        const unsigned one = (i < 4 ? 0x3f800000u : 0x3f800000u ^ by.flip & mask) & by.kept;
         const unsigned a[4] = {to_tf32(x[i]), to_tf32(x[i + 1]), to_tf32(x[i + 8]), to_tf32(x[i + 9])};
         asm volatile(
             "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%10, %10, %10, %10};"
             : "=f"(x[i]), "=f"(x[i + 8]), "=f"(x[i + 1]), "=f"(x[i + 9])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(one ^ signs.first << 31), "r"(one ^ signs.second << 31),
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(one ^ by.first & mask), "r"(one ^ by.second & mask),
               "f"(0.0f));
     }
     rotate_rest<1>(x);
 }
 
 // The same of a row as it was read, which is not to be changed before.
-__device__ __forceinline__ void rotate(const Row& row, float (&x)[16]) {
-    const Signs signs;
+__device__ __forceinline__ void rotate(const Rotation& by, const Row& row, float (&x)[16]) {
     unsigned words[8];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const uint4& v = row.words[i];
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
-    constexpr unsigned both = 0x80008000u, upper = 0x80000000u;
+    constexpr unsigned ones = DTYPE == FLOAT16 ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
-        const unsigned one = signs.zero ? 0 : (DTYPE == FLOAT16 ? 0x3c003c00u : 0x3f803f80u) ^ (i == 4 ? signs.t0 * both : 0);
         const unsigned* a = words + i / 2;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {  // the result's bit 0 of the index: the other one where bits 0 and 1 are 1
-            const unsigned first = one ^ signs.first * both ^ e * upper, second = one ^ signs.second * both ^ e * upper;
+        for (unsigned e = 0; e < 2; ++e) {  // the result's bit 0 of the index: the other one where bits 0 and 1 are 1
+            const unsigned one = ones ^ e << 31 ^ (i < 4 ? 0 : by.flip);
+            const unsigned first = (one ^ by.first) & by.kept, second = (one ^ by.second) & by.kept;
             float &c0 = x[i + e], &c1 = x[i + e + 8], &c2 = x[i + 2 + (e ^ 1)], &c3 = x[i + 2 + (e ^ 1) + 8];
             if constexpr (DTYPE == FLOAT16)
                 asm volatile(

@@ -131,7 +131,7 @@ def _load_block(X, head, heads, tokens, length, columns, head_dim, stride_b, str
 
 @triton.jit
 def _rotation(WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Signs, by a quadratic form of the channel's bits, times Hadamard's matrix, not scaled; of 96 those of 64 and 32."""
+    """Signs, by a quadratic form of a channel's bits, times Hadamard's matrix, not scaled; of 96 those of 64 and 32."""
     row = tl.arange(0, COLUMNS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     ones = (row & column) ^ (row & (row >> 1) & 0x55)  # an odd number of them is a negative entry
