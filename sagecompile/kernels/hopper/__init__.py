@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 FORMATS = formats.PROVIDERS["hopper"].formats
 
 _QUANTIZE_THREADS, _QUANTIZE_STAGES = 512, 2
-# Of the blocks of `quantize`, how many take K: as long as it takes compared with V, as measured on one H200.
-_K_SHARE, _K_SHARE_WITH_PROLOGUE = 0.5, 0.62
+# Of the blocks of `quantize`, how many take K, by head dim: as long as it takes compared with V, measured on one H200.
+_K_SHARE, _K_SHARE_WITH_PROLOGUE = {64: 0.5, 96: 0.52, 128: 0.53}, 0.62
 _SHARED_LIMIT = 227 * 1024
 _MOST_STAGES, _TURNS = 4, 8
 
@@ -134,7 +134,8 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
     index = k.device.index
     loaded = kernel(_quantize_source(variant, prepared.defines), index)
     most = 2 * _multiprocessors(index)
-    k_blocks = min(count, round(most * (_K_SHARE if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE)))
+    share = _K_SHARE[variant.head_dim] if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE
+    k_blocks = min(count, round(most * share))
     parameters = QuantizeParameters(
         tensor_of(k, variant), tensor_of(v, variant), prepared.parameters, tiles.data_ptr(),
         heads, length, head_dim, tiles.shape[1], count, k_blocks,

@@ -3,14 +3,14 @@
 // In: q with any strides, the tiles of K and V. Out: out, wholly written, and for every 16 rows whether they must be
 // computed again without quantization.
 // One block of threads a multiprocessor takes query tiles one after the other: a loader warp brings K and V by bulk
-// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for) and run
-// FlashAttention-3's loop (https://arxiv.org/abs/2407.08608).
+// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for, and rotated)
+// and run FlashAttention-3's loop (https://arxiv.org/abs/2407.08608).
 // Why so, by measurement: the tensor cores are idle half of the time, and what limits is one warp's chain of
 // instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has eight rows of ones more),
 // a maximum that is followed only when it grows by more than SLACK, and exponentials that stay in front of a wait.
 // Compile-time settings besides common.cuh's: CAUSAL, CONSUMERS (warpgroups), STAGES (tiles of K and V in flight),
 // OVERLAP (1: PV and the next QK^T are in flight together, which takes registers), LAG (see exponentiate).
-#include "prologue.cuh"
+#include "rotate.cuh"
 #include "wgmma.cuh"
 
 struct Parameters {
@@ -515,6 +515,7 @@ struct Consumer {
         const int t = lane % LANES;
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
+        const Rotation rotation;
         uint4 q[PASSES];
         float factor[PASSES];
 #pragma unroll
@@ -528,8 +529,13 @@ struct Consumer {
                     raw.words[i] = *reinterpret_cast<uint4*>(own() + in_warp * D * ELEMENT + Row::offset(i, t));
             }
             float x[16];
-            raw.unpack(x);
-            p.prologue.apply(x, batch, n, n < p.q_len, t);
+            if constexpr (DIRECT) {
+                rotate(rotation, raw, x);
+            } else {
+                raw.unpack(x);
+                p.prologue.apply(x, batch, n, n < p.q_len, t);
+                rotate(rotation, x);
+            }
             const unsigned bits = max_of_row(amax_bits(x));
             const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
             factor[pass] = bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) * fabsf(p.scale_log2e) : infinity();

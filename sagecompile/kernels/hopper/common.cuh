@@ -28,7 +28,7 @@ constexpr int V_TILE = TILE * V_ROWS * V_BYTES;
 constexpr int KV_TILE = K_TILE_WITH_HEADER + V_TILE;
 
 struct Header {
-    float k_scale;          // of the INT8 values; +Inf if K of the tile is not finite
+    float k_scale;          // of the INT8 values, and what rotating Q and K takes; +Inf if K of the tile is not finite
     float log2_v_scale;     // of the FP8 values: it joins the exponent of P, so that a tile's own costs nothing
     float inverse_v_scale;  // what one P of the tile counts in the sum of its row
     float v_limit;          // 0; +Inf if V of the tile is not finite, past its format, or so large that it ruins others
@@ -36,7 +36,7 @@ struct Header {
 
 constexpr float LARGEST_INT8 = 127.0f;
 constexpr float LARGEST_FP8 = 448.0f;
-constexpr float SMALLEST_AMAX = 0x1p-119f;  // amax / 127 is a normal float, 127 / amax a finite one
+constexpr float SMALLEST_AMAX = 0x1p-112f;  // amax / 127 / 128 is a normal float, 127 / amax a finite one
 constexpr float ROUNDING = 12582912.0f;     // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
 constexpr unsigned INFINITY_BITS = 0x7f800000u;
 

@@ -2,11 +2,11 @@
 //
 // In: k, v with any strides. Out: for each KV head and 128 tokens one block of KV_TILE bytes (common.cuh).
 // K: RMSNorm and RoPE if asked for, minus the mean of a sample of its tokens (softmax does not see a vector subtracted
-// from every key), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying tile's own, or 16-bit;
-// transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is needed of other tiles, so K
-// and V come from memory once. What limits is that memory: each block takes many tiles of K, or of V, one after the
-// other, and the rows of the next ones are on their way into shared memory meanwhile.
-#include "prologue.cuh"
+// from every key), rotated (rotate.cuh), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying
+// tile's own, or 16-bit; transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is
+// needed of other tiles, so K and V come from memory once. What limits is that memory: each block takes many tiles of K,
+// or of V, one after the other, and the rows of the next ones are on their way into shared memory meanwhile.
+#include "rotate.cuh"
 
 struct Parameters {
     Tensor k, v;
@@ -60,8 +60,9 @@ __device__ __forceinline__ int row_of(int channel) {
 // Where thread t of a row finds the mean of its channels: all threads in different banks.
 constexpr int MEAN_PITCH = 20;
 
-// The mean of 128 evenly spaced tokens of K.
-__device__ __forceinline__ void take_mean(const Parameters& p, int batch, int head, float* mean) {
+// The mean of 128 evenly spaced tokens of K; rotated if they will be before it is subtracted.
+__device__ __forceinline__ void take_mean(const Parameters& p, const Rotation& rotation, int batch, int head,
+                                          float* mean) {
     __shared__ float sums[WARPS][D];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % LANES;
     const int count = min(TILE, p.length);
@@ -98,6 +99,19 @@ __device__ __forceinline__ void take_mean(const Parameters& p, int batch, int he
         mean[threadIdx.x / 16 * MEAN_PITCH + threadIdx.x % 16] = total / count;
     }
     __syncthreads();
+    if constexpr (DIRECT) {
+        if (warp == 0) {  // all rows of a warp are the mean here
+            float x[16];
+#pragma unroll
+            for (int i = 0; i < 16; ++i) x[i] = t < D / 16 ? mean[t * MEAN_PITCH + i] : 0.0f;
+            rotate(rotation, x);
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 16; ++i)
+                if (lane < LANES) mean[t * MEAN_PITCH + i] = x[i];
+        }
+        __syncthreads();
+    }
 }
 
 // Bytes of shared memory to global memory, in the background until bulk_stored.
@@ -145,8 +159,8 @@ struct KeyTile {
     static __device__ __forceinline__ int channel(int chunk) { return Row::offset(chunk % Row::CHUNKS, t()) / ELEMENT; }
 
     static __device__ __forceinline__ void quantize(const Parameters& p, const uint4 (&words)[CHUNKS],
-                                                    const Position& at, const float* mean, char* tile, char* staged,
-                                                    unsigned* scratch) {
+                                                    const Position& at, const Rotation& rotation, const float* mean,
+                                                    char* tile, char* staged, unsigned* scratch) {
         float x[PASSES][16];
         unsigned largest = 0;
 #pragma unroll
@@ -154,13 +168,22 @@ struct KeyTile {
             Row raw;
 #pragma unroll
             for (int i = 0; i < Row::CHUNKS; ++i) raw.words[i] = words[pass * Row::CHUNKS + i];
-            raw.unpack(x[pass]);
             const int64 n = at.first + token(pass * Row::CHUNKS);
             const bool inside = n < p.length;
-            p.prologue.apply(x[pass], at.batch, n, inside, t());
-            if (inside && is_mine()) {
+            const float* shift = mean + t() * MEAN_PITCH;
+            if constexpr (DIRECT) {
+                rotate(rotation, raw, x[pass]);
+                const float minus = inside ? -1.0f : 0.0f;  // of a mean that is not finite no tile is used
 #pragma unroll
-                for (int i = 0; i < 16; ++i) x[pass][i] -= mean[t() * MEAN_PITCH + i];
+                for (int i = 0; i < 16; ++i) x[pass][i] = fmaf(shift[i], minus, x[pass][i]);
+            } else {
+                raw.unpack(x[pass]);
+                p.prologue.apply(x[pass], at.batch, n, inside, t());
+                if (inside && is_mine()) {
+#pragma unroll
+                    for (int i = 0; i < 16; ++i) x[pass][i] -= shift[i];
+                }
+                rotate(rotation, x[pass]);
             }
             largest = max(largest, amax_bits(x[pass]));
         }
@@ -174,7 +197,7 @@ struct KeyTile {
         }
         if (threadIdx.x == 0)
             reinterpret_cast<Header*>(tile + K_TILE)->k_scale =
-                bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) : infinity();
+                bits < INFINITY_BITS ? amax * (ROTATION_SQUARED / LARGEST_INT8) : infinity();
         bulk_store(tile, staged, K_TILE);
     }
 };
@@ -293,10 +316,12 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
 
     for (int i = 0; i < STAGES; ++i) request(begin + i);
     Position at(p, begin);
+    Rotation rotation;
+    if constexpr (Tile::OF_K && DIRECT && D != 96) rotation.keep();  // else there are no registers for it
     float usual = 0.0f;
     for (int item = begin; item < end; ++item, at.advance(p)) {
         if (item == begin || at.first == 0) {  // of a head the first tile here
-            if constexpr (Tile::OF_K) take_mean(p, at.batch, at.head, mean);
+            if constexpr (Tile::OF_K) take_mean(p, rotation, at.batch, at.head, mean);
             else if constexpr (FP8) usual = usual_amax(p, at.batch, at.head, scratch);
         }
         uint4 words[Tile::CHUNKS] = {};
@@ -310,7 +335,7 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
         }
         request(item + STAGES);
         char* tile = p.tiles + static_cast<int64>(item) * KV_TILE;
-        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, mean, tile, staged, scratch);
+        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, rotation, mean, tile, staged, scratch);
         else Tile::quantize(p, words, usual, tile, staged, scratch);
     }
     bulk_stored();

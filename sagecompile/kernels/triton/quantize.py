@@ -4,7 +4,7 @@ In: q, k, v with any strides. Out: dense buffers padded to whole blocks, their s
 Why: the attention kernel then loads whole tiles without masks; heads that INT8 cannot hold are known without a sync.
 
 INT8 with a smoothed K follows SageAttention (https://arxiv.org/abs/2410.02367): softmax does not see a vector that is
-subtracted from every key.
+subtracted from every key. Q and K are rotated alike, so that no score changes: see sagecompile.ops.quantize.
 """
 
 from typing import NamedTuple
@@ -33,11 +33,12 @@ class Quantized(NamedTuple):
     """What the attention kernel reads. N' is N padded to BLOCK, D' is D padded to 64, 96 or 128; padding is zero."""
 
     q: torch.Tensor
-    """(B * Hq, Nq', D') int8"""
+    """(B * Hq, Nq', D') int8, rotated"""
     q_factor: torch.Tensor
     """(B * Hq, Nq') float32: row scale * |softmax scale| * log2(e); the sign of the softmax scale is in q"""
     k: torch.Tensor
-    """(B * Hkv, Nk', D') int8, smoothed; with FP8 values, tokens are permuted inside groups of 16 (see _position_of)"""
+    """(B * Hkv, Nk', D') int8, smoothed and rotated; with FP8 values, tokens are permuted inside groups of 16 (see
+    _position_of)"""
     k_scale: torch.Tensor
     """(B * Hkv, Nk' / BLOCK) float32"""
     v: torch.Tensor
@@ -129,6 +130,42 @@ def _load_block(X, head, heads, tokens, length, columns, head_dim, stride_b, str
 
 
 @triton.jit
+def _rotation(WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Signs, by a quadratic form of a channel's bits, times Hadamard's matrix, not scaled; of 96 those of 64 and 32."""
+    row = tl.arange(0, COLUMNS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    ones = (row & column) ^ (row & (row >> 1) & 0x55)  # an odd number of them is a negative entry
+    ones ^= ones >> 4
+    matrix = tl.where((0x6996 >> (ones & 15)) & 1 != 0, -1.0, 1.0)
+    if WIDTH == 96:
+        matrix = tl.where((row ^ column) < tl.where(row < 64, 64, 32), matrix, 0.0)
+    return matrix
+
+
+@triton.jit
+def _rotate(x, matrix):
+    """Rows of Q or K times the matrix, by tensor cores. A value that is not finite makes its row so.
+
+    Products of 16-bit values are exact; float32 is multiplied in two parts of 8 bits each, and is off by 2^-17.
+    """
+    if x.dtype == tl.float32:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        turned = tl.dot(low, matrix.to(tl.bfloat16), tl.dot(high, matrix.to(tl.bfloat16)))
+    else:
+        turned = tl.dot(x, matrix.to(x.dtype))
+    return turned
+
+
+@triton.jit
+def _rotation_scale(WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of each column of the matrix: what makes it orthonormal."""
+    column = tl.arange(0, COLUMNS)
+    half: tl.constexpr = 0.17677669529663687 if WIDTH == 96 else 0.08838834764831845  # 32^-0.5, 128^-0.5
+    return tl.where(column < (64 if WIDTH < 128 else 0), 0.125, half)
+
+
+@triton.jit
 def _raise_flag(FLAGS, kv_head, x):
     """Set the head's flag if any of x is not finite. Several programs may store the same 1."""
     bad = tl.where(tl.abs(x) < float("inf"), 0, 1)
@@ -140,13 +177,14 @@ def _quantize_q(
     Q, Q8, FACTOR, K_SCALE, FLAGS, scale_log2e, heads, group, length, kv_length, head_dim,
     stride_b, stride_h, stride_n, stride_d, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * Hq * blocks). Symmetric INT8 per token. Runs after _quantize_k, whose scales it reads."""
+    """Grid: (B * Hq * blocks). Rotated, symmetric INT8 per token. Runs after _quantize_k, whose scales it reads."""
     blocks = tl.cdiv(length, _BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = tl.program_id(0) % blocks * _BLOCK + tl.arange(0, _BLOCK)
     columns = tl.arange(0, COLUMNS)
     q = _load_block(Q, head, heads, tokens, length, columns, head_dim, stride_b, stride_h, stride_n, stride_d)
-    x = q.to(tl.float32) * tl.where(scale_log2e < 0, -1.0, 1.0)
+    scale = _rotation_scale(WIDTH, COLUMNS) * tl.where(scale_log2e < 0, -1.0, 1.0)
+    x = _rotate(q, _rotation(WIDTH, COLUMNS)) * scale[None, :]
     kv_head = head // group  # Hq = group * Hkv, so b * Hkv + h // group = (b * Hq + h) // group
     _raise_flag(FLAGS, kv_head, x)
     amax = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST_AMAX)
@@ -168,7 +206,7 @@ def _quantize_k(
     K, MEAN, K8, SCALE, FLAGS, heads, length, head_dim, stride_b, stride_h, stride_n, stride_d,
     PERMUTE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * Hkv * blocks). Smoothed by the mean, then symmetric INT8 per block."""
+    """Grid: (B * Hkv * blocks). Smoothed by the mean, rotated, then symmetric INT8 per block."""
     blocks = tl.cdiv(length, _BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -176,7 +214,13 @@ def _quantize_k(
     columns = tl.arange(0, COLUMNS)
     k = _load_block(K, head, heads, tokens, length, columns, head_dim, stride_b, stride_h, stride_n, stride_d)
     mean = tl.load(MEAN + head * head_dim + columns, mask=columns < head_dim, other=0.0)
-    x = tl.where((tokens < length)[:, None], k.to(tl.float32) - mean[None, :], 0.0)
+    matrix = _rotation(WIDTH, COLUMNS)
+    inside = (tokens < length)[:, None]
+    if k.dtype == tl.float32:
+        x = _rotate(tl.where(inside, k - mean[None, :], 0.0), matrix)
+    else:  # a rotation's rounding of the mean is the same for all keys
+        x = tl.where(inside, _rotate(k, matrix) - tl.sum(mean[:, None] * matrix, 0)[None, :], 0.0)
+    x = x * _rotation_scale(WIDTH, COLUMNS)[None, :]
     _raise_flag(FLAGS, head, x)  # the mean carries every NaN and Inf of K into x
     amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), SMALLEST_AMAX)
     tl.store(SCALE + head * blocks + block, amax * (1 / 127))

@@ -1,0 +1,133 @@
+"""Keys that 8 bits hold only after Q and K are rotated, on the kernels of our own for CUDA GPUs, against float64.
+
+In: K with a bias in four channels that RoPE turns, so that no mean takes it away, or with one channel larger than the
+others. Out: the relative L2 error, ||out - expected|| / ||expected||, over a whole call.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import ACCURATE, FAST, relative_error
+
+from sagecompile import formats, kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MOST = {
+    ("half", 3): {ACCURATE: (0.014, 0.014, 0.014), FAST: (0.044, 0.044, 0.044)},
+    ("half", 10): {ACCURATE: (0.018, 0.019, 0.016), FAST: (0.045, 0.046, 0.045)},
+    ("half", 30): {ACCURATE: (0.029, 0.034, 0.024), FAST: (0.05, 0.054, 0.048)},
+    ("half", 60): {ACCURATE: (0.046, 0.057, 0.036), FAST: (0.061, 0.07, 0.054)},
+    ("interleaved", 3): {ACCURATE: (0.014, 0.015, 0.015), FAST: (0.045, 0.044, 0.044)},
+    ("interleaved", 10): {ACCURATE: (0.02, 0.02, 0.018), FAST: (0.047, 0.046, 0.045)},
+    ("interleaved", 30): {ACCURATE: (0.037, 0.037, 0.03), FAST: (0.055, 0.052, 0.05)},
+    ("interleaved", 60): {ACCURATE: (0.061, 0.061, 0.047), FAST: (0.072, 0.07, 0.061)},
+    ("channel", 3): {ACCURATE: (0.014, 0.014, 0.014), FAST: (0.044, 0.044, 0.044)},
+    ("channel", 10): {ACCURATE: (0.019, 0.021, 0.017), FAST: (0.043, 0.044, 0.044)},
+    ("channel", 30): {ACCURATE: (0.024, 0.032, 0.025), FAST: (0.042, 0.046, 0.043)},
+    ("channel", 60): {ACCURATE: (0.032, 0.047, 0.034), FAST: (0.046, 0.056, 0.049)},
+}
+"""The error by the kind and the size of the outliers (of K's usual channels 1), the format and the head dim: of 64, 96
+and 128, the largest of all CALLS, rounded up by a tenth."""
+HEAD_DIMS = (64, 96, 128)
+CALLS = {
+    "64, causal": (2, 2, 64, torch.float16, True),
+    "64, grouped heads, float32": (4, 1, 64, torch.float32, False),
+    "1000, grouped heads": (4, 2, 1000, torch.bfloat16, False),
+    "1000, causal, float32": (2, 2, 1000, torch.float32, True),
+    "4096": (2, 2, 4096, torch.float16, False),
+    "4096, grouped heads, causal": (4, 1, 4096, torch.bfloat16, True),
+}
+"""Heads of Q and of K, tokens, dtype, causal."""
+
+
+@pytest.fixture(params=("triton", "hopper"))
+def attend(request):
+    """`attend(q, k, v, format=, causal=)` of a provider, where the GPU can run it."""
+    format = request.node.callspec.params["format"]
+    capability = torch.cuda.get_device_capability()
+    only, least = formats.PROVIDERS[request.param].compute_capability, formats.FORMATS[format].compute_capability
+    if only not in (None, capability) or capability < least:
+        pytest.skip(f"{request.param} or {format} does not run on compute capability {capability}")
+
+    def run(q, k, v, *, format, causal):
+        out = torch.full_like(q, float("nan"))
+        scale = q.shape[-1] ** -0.5
+        kernels.launcher(request.param)(q, k, v, out, scale=scale, is_causal=causal, format=format)
+        return out
+
+    return run
+
+
+def turned(x, rope):
+    """x (..., N, D) after RoPE with a base of 1e6; rope: by halves, or interleaved."""
+    tokens, dim = x.shape[-2:]
+    turns = torch.outer(torch.arange(tokens), 1e6 ** (-torch.arange(0, dim, 2) / dim))
+    cos, sin = turns.cos(), turns.sin()
+    first, second = x.chunk(2, -1) if rope == "half" else (x[..., ::2], x[..., 1::2])
+    parts = first * cos - second * sin, second * cos + first * sin
+    return torch.cat(parts, -1) if rope == "half" else torch.stack(parts, -1).flatten(-2)
+
+
+def inputs(kind, size, q_heads, kv_heads, tokens, dim, dtype, *, batch=1):
+    """q (B, Hq, N, D), k, v (B, Hkv, N, D): N(0, 1) but for the outliers of K; of a bias Q has a fiftieth."""
+    q, k, v = (torch.randn(batch, heads, tokens, dim) for heads in (q_heads, kv_heads, kv_heads))
+    if kind == "channel":
+        k[..., 7] *= size
+    else:
+        bias = torch.zeros(dim)
+        channels = [channel * dim // 128 for channel in (20, 45, 84, 109)]
+        bias[channels] = size * torch.tensor([1, -1, 0.7, 0.5])
+        q, k = turned(q + 0.02 * bias, kind), turned(k + bias, kind)
+    return tuple(x.to("cuda", dtype) for x in (q, k, v))
+
+
+def expected(q, k, v, *, causal):
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize(("kind", "size"), MOST)
+@pytest.mark.parametrize("format", (ACCURATE, FAST))
+def test_error(attend, format, kind, size, dim, call, record_property):
+    *heads_and_tokens, dtype, causal = CALLS[call]
+    q, k, v = inputs(kind, size, *heads_and_tokens, dim, dtype)
+    error = relative_error(attend(q, k, v, format=format, causal=causal), expected(q, k, v, causal=causal))
+    record_property("error", error)
+    assert error <= MOST[kind, size][format][HEAD_DIMS.index(dim)]
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("format", (ACCURATE, FAST))
+def test_alone_and_in_a_batch(attend, format, causal, dim, dtype):
+    """The same bits."""
+    q, k, v = inputs("half", 30, 4, 2, 1000, dim, dtype, batch=5)
+    together = attend(q, k, v, format=format, causal=causal)
+    for i in range(5):
+        alone = attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], format=format, causal=causal)
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("dim", (40, *HEAD_DIMS))
+@pytest.mark.parametrize("which", range(2), ids="qk")
+@pytest.mark.parametrize("format", (ACCURATE, FAST))
+def test_rows_that_cannot_be_rotated(attend, format, which, dim):
+    """The sum of a row of the largest numbers is none: such rows come out exact."""
+    given = list(inputs("channel", 1, 2, 2, 200, dim, torch.float32))
+    given[1 - which] *= 1e-36
+    given[which][:, 0, 100] = 2e38 * given[which][:, 0, 100].sign()
+    given[2] += 1.0  # a uniform softmax averages N(0,1) to nearly nothing
+    q, k, v = given
+    result = attend(q, k, v, format=format, causal=True)
+    assert relative_error(result, expected(q, k, v, causal=True)) <= {ACCURATE: 0.02, FAST: 0.045}[format]
