@@ -11,7 +11,7 @@ if __name__ != "sagecompile.passes":
 
 from collections.abc import Callable, Collection
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from sagecompile.decide import Decision, Use
 from sagecompile.lengths import long_enough
@@ -27,15 +27,23 @@ from .shield import shield
 __all__ = ["find", "rewrite", "run", "shield"]
 
 
-def run(gm: GraphModule, decide: Callable[[AttentionSite], Decision], fusing: Collection[str] = ()) -> Report:
+def run(
+    gm: GraphModule,
+    decide: Callable[[AttentionSite], Decision],
+    fusing: Collection[str] = (),
+    nodes: list[Node] | None = None,
+) -> Report:
     """Rewrite `gm` in place wherever `decide` says Use; return every site with its decision.
 
-    `fusing`: the device types with kernels for what makes q and k, which is looked for on no other.
+    `fusing`: the device types with kernels for what makes q and k, which is looked for on no other. `nodes` gets the
+    op of each used site, in the report's order.
     """
     matches = find(gm.graph, fusing)
     decisions = long_enough([(match.site, decide(match.site)) for match in matches], reaches)
     decided = list(zip(matches, decisions, strict=True))
-    rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
+    ops = rewrite([(match, decision) for match, decision in decided if isinstance(decision, Use)])
+    if nodes is not None:
+        nodes += ops
     for graph in with_subgraphs(gm.graph):
         shield(graph)
         if graph.owning_module is not None:

@@ -27,8 +27,8 @@ FUSED_ATTENTION = torch.ops.sagecompile.qk_norm_rope_attention.default
 OPS = (ATTENTION, FUSED_ATTENTION)
 
 
-def rewrite(used: Sequence[tuple[Match, Use]]) -> None:
-    """Replace each match's anchor by the op of its decision, in the graph that it is in.
+def rewrite(used: Sequence[tuple[Match, Use]]) -> list[fx.Node]:
+    """Replace each match's anchor by the op of its decision, in the graph that it is in; the ops' nodes.
 
     A site may read another's result: what has been replaced so far is looked up whenever a call is built.
     """
@@ -37,13 +37,15 @@ def rewrite(used: Sequence[tuple[Match, Use]]) -> None:
         anchors.setdefault(match.anchor.graph, []).append(match.anchor)
     before = {graph: _count(graph) for graph in anchors}
     replaced: dict[fx.Node, fx.Node] = {}
+    nodes: list[fx.Node] = []
     for match, use in used:
-        replaced[match.anchor] = _replace(match, use, replaced)
+        replaced[match.anchor] = _replace(match, use, replaced, nodes)
     for graph, here in anchors.items():
         erase_dead(graph, here)
         assert not set(here) & set(graph.nodes), ("still there", set(here) & set(graph.nodes))
         assert _count(graph) - before[graph] == len(here), (before[graph], len(here), str(graph))
         graph.lint()
+    return nodes
 
 
 def _count(graph: fx.Graph) -> int:
@@ -51,8 +53,8 @@ def _count(graph: fx.Graph) -> int:
     return sum(node.target in OPS for node in graph.nodes)
 
 
-def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """One anchor, by the node that is returned."""
+def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node], nodes: list[fx.Node]) -> fx.Node:
+    """One anchor, by the node that is returned; that of the op itself is added to `nodes`."""
     how = {
         "scale": match.site.scale,
         "is_causal": match.site.is_causal,
@@ -64,8 +66,11 @@ def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node]) -> fx.
     def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
         if use.fused:
             assert match.prologues is not None, match.site
-            return _attend_from_projections(build, *match.prologues, v, how)
-        return build.call(ATTENTION, q, k, v, **how)
+            node = _attend_from_projections(build, *match.prologues, v, how)
+        else:
+            node = build.call(ATTENTION, q, k, v, **how)
+        nodes.append(node)
+        return node
 
     build = Builder(match.anchor, replaced)
     result = match.emit(build, attend)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch._inductor.compile_fx  # seconds, which belong to torch.compile as with inductor, not to the first call
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 import sagecompile.passes as passes
-from sagecompile import ops, report, settings
+from sagecompile import measure, ops, report, settings
 from sagecompile.cost.local import Local
 from sagecompile.decide import Decision, Keep, decide
 from sagecompile.dump import dump
+from sagecompile.errors import OptionError
 from sagecompile.formats import fuses, fusing_devices
 from sagecompile.kernels import available
 from sagecompile.report import Report
@@ -55,14 +56,23 @@ def sage_inductor(
     """
     ours, inductor_options = settings.resolve(options)
     decision = decider(ours, _is_captured(ours, _inductor(mode, inductor_options)))
-    dump(gm, "before")
     before = len(_guards())
-    done = passes.run(gm, decision, fusing(ours))
-    dump(gm, "after")
+    done = _rewrite(gm, decision, ours)
     logger.info(done.summary())
     logger.debug("\n%s", done)
     report.record(done)
+    if measure.is_asked():
+        return gm.forward
     return _inductor(mode, inductor_options, _guards()[before:])(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def _rewrite(gm: GraphModule, decision: Callable[[AttentionSite], Decision], ours: Settings) -> Report:
+    """`passes.run`, dumped and made to measure errors where that is asked for."""
+    nodes: list[Node] = []
+    dump(gm, "before")
+    done = passes.run(gm, decision, fusing(ours), nodes)
+    dump(gm, "after")
+    return measure.watch(done, nodes) if measure.is_asked() else done
 
 
 def _inductor(mode: str | None, options: dict[str, Any], guards: Sequence[str] = ()) -> Any:
@@ -114,34 +124,36 @@ def measurements(device: str, cuda_graphs: bool) -> Local:
     return Local(available.machine(device) | {"sources": source_hash()}, ops, cuda_graphs)
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], *args: Any, measure_error: bool = False, **kwargs: Any) -> Report:
     """Run `model(*args, **kwargs)` once and report every attention call: used or kept, and why.
 
     What torch.compile returned with `backend="sage_inductor"` is explained with the mode, options and `dynamic` it was
     given, anything else with those of the environment. Without `dynamic` it is of these sizes, whatever came before.
-    What runs are the model's own graphs, not the rewritten ones.
+    What runs are the model's own graphs, not the rewritten ones. With `measure_error` it is the rewritten ones, not
+    compiled by Inductor, and the report also has each used site's error on its own q, k and v, see `report.Measured`.
     """
+    if not isinstance(measure_error, bool):
+        raise OptionError(f"measure_error {measure_error!r}: it can be True, False")
     given = _options_of(model)
     if not given and _unwrapped(model) is not model:
         logger.warning("another backend compiled this model; this is what backend='sage_inductor' would do to it:")
-    return explain_with(given, model, args, kwargs)
+    with measure.measuring(measure_error):
+        return explain_with(given, model, args, kwargs)
 
 
 def explain_with(
     given: Mapping[str, Any], model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Report:
-    """`explain` with torch.compile's `mode`, `options` and `dynamic` given."""
+    """`explain` with torch.compile's `mode`, `options` and `dynamic` given; it measures inside `measuring()`."""
     ours, inductor_options = settings.resolve(given.get("options"))
     decision = decider(ours, _is_captured(ours, _inductor(given.get("mode"), inductor_options)))
     found = Report(graphs=0)
 
     def look(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal found
-        dump(gm, "before")
         rewritten = _copy(gm)
-        found += passes.run(rewritten, decision, fusing(ours))
-        dump(rewritten, "after")
-        return gm.forward
+        found += _rewrite(rewritten, decision, ours)
+        return rewritten.forward if measure.is_asked() else gm.forward
 
     original = _unwrapped(model)
 

@@ -1,20 +1,42 @@
 """What was done to a model: every attention call found, with its decision.
 
-In: sites and decisions, one Entry each. Out: a Report that prints as a table and gives JSON; `recording()` collects the
-reports of everything compiled inside it.
+In: sites and decisions, one Entry each, and what was measured of them. Out: a Report that prints as a table and gives
+JSON; `recording()` collects the reports of everything compiled inside it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .decide import Decision, Use
 from .site import AttentionSite
+
+
+@dataclass
+class Measured:
+    """How a used site did when its graph ran; of several calls the largest of each figure."""
+
+    error: float = 0.0
+    """Of the output, relative L2, against attention in float64 on the same q, k and v."""
+    exact_rows: float = 0.0
+    """The share of the output's rows that INT8 would get too wrong, so that they were computed exactly."""
+    calls: int = 0
+
+    def add(self, error: float, exact_rows: float) -> None:
+        """One more call."""
+        self.error, self.exact_rows = max(self.error, error), max(self.exact_rows, exact_rows)
+        self.calls += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; null for an error that is not finite, and for both figures if the site was not run."""
+        error = self.error if self.calls and math.isfinite(self.error) else None
+        return {"error": error, "exact_rows": self.exact_rows if self.calls else None, "calls": self.calls}
 
 
 @dataclass(frozen=True)
@@ -23,6 +45,8 @@ class Entry:
 
     site: AttentionSite
     decision: Decision
+    measured: Measured | None = field(default=None, compare=False)
+    """Of a used site, where that was asked for; filled in as its graph runs."""
 
     def to_dict(self) -> dict[str, Any]:
         decision: dict[str, Any] = {"used": isinstance(self.decision, Use), "reason": self.decision.reason}
@@ -32,7 +56,8 @@ class Entry:
             decision["predicted_speedup"] = prediction.speedup if prediction else None
             decision["predicted"] = [_predicted(use) for use in (self.decision, *self.decision.others)]
             decision["fused"] = self.decision.fused or None
-        return {"site": self.site.to_dict(), "decision": decision}
+        measured = self.measured.to_dict() if self.measured else None
+        return {"site": self.site.to_dict(), "decision": decision, "measured": measured}
 
 
 @dataclass(frozen=True)
@@ -76,9 +101,11 @@ class Report:
 
     def __str__(self) -> str:
         """A table, one line a site; equal lines of consecutive layers are not folded, so that none is hidden."""
-        header = ("site", "call", "shape", "dtype", "causal", "decision")
+        header = ("site", "call", "shape", "dtype", "causal", "error", "exact rows", "decision")
         rows = [header, *(_row(entry) for entry in self.entries)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+        if not any(entry.measured for entry in self.entries):
+            rows = [(*row[:5], row[-1]) for row in rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
         ]
@@ -107,8 +134,19 @@ def _row(entry: Entry) -> tuple[str, ...]:
         site.shape,
         site.dtype,
         "yes" if site.is_causal else "no",
+        *_figures(entry.measured),
         text,
     )
+
+
+def _figures(measured: Measured | None) -> tuple[str, str]:
+    """The error and the share of exact rows as the table has them."""
+    if measured is None:
+        return "", ""
+    if not measured.calls:
+        return "not run", ""
+    share = measured.exact_rows
+    return f"{measured.error:.2g}", "<0.1%" if 0 < share < 0.001 else f"{share:.1%}"
 
 
 _recorders: ContextVar[tuple[list[Report], ...]] = ContextVar("sagecompile_recorders", default=())

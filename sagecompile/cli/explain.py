@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="module:factory or script.py")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the graphs before and after into DIR")
     parser.add_argument("--policy", help="auto, always or never; a script's own options go before it")
+    parser.add_argument(
+        "--measure-error",
+        action="store_true",
+        help="run the rewritten graphs, without Inductor, and show how wrong each used site is on these inputs",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -40,6 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.policy is not None:
         Settings(policy=arguments.policy)  # says what it can be, before anything runs
     with ExitStack() as stack:
+        if arguments.measure_error:
+            from sagecompile.measure import measuring
+
+            stack.enter_context(measuring())
         if arguments.dump:
             from sagecompile.dump import dumping
 

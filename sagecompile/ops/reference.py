@@ -42,9 +42,27 @@ def attention(
         q = q_prologue.apply(q).to(q.dtype)
     if k_prologue is not None:
         k = k_prologue.apply(k).to(k.dtype)
-    batch, heads, q_len, head_dim = q.shape
     if is_causal:
-        k, v = (x[:, :, : q_len + causal_offset] for x in (k, v))
+        k, v = (x[:, :, : q.shape[2] + causal_offset] for x in (k, v))
+    result, exact = _quantized(q, k, v, scale, is_causal, format, causal_offset)
+    out.copy_(result)
+    _mend(q, k, v, out, exact, scale, is_causal, causal_offset)
+
+
+def exact_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, is_causal: bool, format: str
+) -> torch.Tensor:
+    """Which rows `attention` computes exactly: (B, H, Nq)."""
+    if is_causal:
+        k, v = (x[:, :, : q.shape[2]] for x in (k, v))
+    return _quantized(q, k, v, scale, is_causal, format, causal_offset=0)[1]
+
+
+def _quantized(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, format: str, causal_offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows by the format, and which of them (B, H, Nq) are to be exact instead; of the keys that queries see."""
+    batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads
     # One row of queries a KV head: its group's heads one after the other, so that K and V are never repeated.
@@ -65,8 +83,8 @@ def attention(
     guard = _Guard(q_int, q_scale, k_int, k_scale, v)
     k_scale = k_scale.mT
 
-    largest = torch.finfo(out.dtype).max
-    result = torch.empty_like(rows, dtype=out.dtype, memory_format=torch.contiguous_format)
+    largest = torch.finfo(q.dtype).max
+    result = torch.empty_like(rows, dtype=q.dtype, memory_format=torch.contiguous_format)
     error, size = (torch.empty(rows.shape[:3], device=q.device) for _ in range(2))
     step = max(1, MAX_SCORES // max(1, batch * kv_heads * kv_len))
     for start in range(0, group * q_len, step):
@@ -84,11 +102,13 @@ def attention(
         sliced = (sliced / total).clamp(-largest, largest)
         result[:, :, part] = sliced.to(result.dtype)
         error[:, :, part], size[:, :, part] = guard.look(part, p, total, sliced)
-    out.copy_(result.view(batch, heads, q_len, head_dim))
     hard = quantize.exact_rows(*(x.reshape(batch, heads, q_len) for x in (guard.noise, error, size)))
     unit = q_scale.abs().amax((-2, -1)) * k_scale.amax((-2, -1))
     steep = (unit > quantize.STEEPEST).repeat_interleave(group, 1)
-    _mend(q, k, v, out, hard | steep[:, :, None], scale, is_causal, causal_offset)
+    finite_q = q.isfinite().all(-1).all(-1).unflatten(1, (-1, group)).all(-1)
+    finite_kv = (k.isfinite() & v.isfinite()).all(-1).all(-1)
+    broken = ~(finite_q & finite_kv).repeat_interleave(group, 1)  # quantization would spread a NaN over a block
+    return result.view(batch, heads, q_len, head_dim), hard | (steep | broken)[:, :, None]
 
 
 class _Guard:
@@ -127,20 +147,16 @@ def _mend(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    hard: torch.Tensor,
+    exact: torch.Tensor,
     scale: float,
     is_causal: bool,
     causal_offset: int,
 ) -> None:
-    """Give the rows that INT8 cannot hold SDPA's own result: hard (B, H, Nq), and the heads with a NaN or Inf.
+    """Give the rows `exact` (B, H, Nq), which INT8 cannot hold, SDPA's own result.
 
-    Quantization would spread a NaN over a block. On a GPU both results are computed, so as not to wait for the answer.
+    On a GPU both results are computed, so as not to wait for the answer.
     """
-    group = q.shape[1] // k.shape[1]
-    finite_q = q.isfinite().all(-1).all(-1).unflatten(1, (-1, group)).all(-1)
-    finite_kv = (k.isfinite() & v.isfinite()).all(-1).all(-1)
-    bad = (hard | ~(finite_q & finite_kv).repeat_interleave(group, 1)[:, :, None])[..., None]
-    if q.device.type == "cpu" and not bool(bad.any()):
+    if q.device.type == "cpu" and not bool(exact.any()):
         return
-    exact = sdpa(q, k, v, scale=scale, is_causal=is_causal, causal_offset=causal_offset)
-    out.copy_(torch.where(bad, exact, out))
+    result = sdpa(q, k, v, scale=scale, is_causal=is_causal, causal_offset=causal_offset)
+    out.copy_(torch.where(exact[..., None], result, out))

@@ -18,12 +18,13 @@ from sagecompile.kernels.sdpa import sdpa
 
 from .build import OPS_LIBRARY, function, why_not
 
-__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
+__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "exact_rows", "why_not"]
 
 FORMATS = PROVIDERS["cpu"].formats
 MAX_HEAD_DIM = 256
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_rows_of_exact_heads = 0
 
 
 def attention(
@@ -76,8 +77,20 @@ def _exact_heads(
     causal_offset: int,
 ) -> None:
     """SDPA's own result for the heads that INT8 cannot hold, too steep, or with a NaN or Inf: flags (B, Hq) not 0."""
+    global _rows_of_exact_heads
     b, h = flags.nonzero(as_tuple=True)
+    _rows_of_exact_heads += len(h) * q.shape[2]
     kv_h = h // (q.shape[1] // k.shape[1])
     chosen = (x[None] for x in (q[b, h], k[b, kv_h], v[b, kv_h]))
     with torch.autocast("cpu", enabled=False):
         out[b, h] = sdpa(*chosen, scale=scale, is_causal=is_causal, causal_offset=causal_offset)[0]
+
+
+def exact_rows() -> int:
+    """How many rows of results were computed exactly since this was last asked.
+
+    Some of a head that is exact as a whole count twice, where the kernel had begun with it.
+    """
+    global _rows_of_exact_heads
+    rows, _rows_of_exact_heads = _rows_of_exact_heads + int(function().exact_rows()), 0
+    return rows
