@@ -71,6 +71,21 @@ def test_explain_script_with_its_arguments(capsys):
     assert "1x2x100x64" in out and "script.py:5" in out
 
 
+@pytest.mark.parametrize("target", ["cli_models:make", "script.py"])
+def test_explain_measures_errors(target, folder, capsys):
+    assert main(["explain", target, "--policy", "always", "--measure-error", "--json", "--dump", "dumped"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["entries"]
+    assert 0.001 < entry["measured"]["error"] < 0.045 and entry["measured"]["exact_rows"] == 0
+    assert "torch.ops.sagecompile.attention" in (folder / "dumped/graph_0.after.py").read_text()
+    assert main(["explain", target, "--policy", "always"]) == 0
+    assert "exact rows" not in capsys.readouterr().out, "it ends with the command"
+
+
+def test_explain_has_no_errors_of_what_is_kept(capsys):
+    assert main(["explain", "cli_models:make", "--policy", "never", "--measure-error"]) == 0
+    assert "exact rows" not in capsys.readouterr().out
+
+
 def test_a_file_is_no_folder_to_dump_into(folder, capsys):
     (folder / "taken").write_text("")
     assert main(["explain", "cli_models:make", "--dump", "taken"]) == 2
