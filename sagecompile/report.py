@@ -146,7 +146,7 @@ def _figures(measured: Measured | None) -> tuple[str, str]:
     if not measured.calls:
         return "not run", ""
     share = measured.exact_rows
-    return f"{measured.error:.2g}", "<0.1%" if 0 < share < 0.001 else f"{share:.1%}"
+    return f"{measured.error:#.2g}", "<0.1%" if 0 < share < 0.001 else f"{share:.1%}"
 
 
 _recorders: ContextVar[tuple[list[Report], ...]] = ContextVar("sagecompile_recorders", default=())

@@ -219,7 +219,7 @@ def test_table_and_json():
     header, plain, kept, hard, _ = str(report).splitlines()
     column = header.index("error")
     assert header[column:].split()[:4] == ["error", "exact", "rows", "decision"]
-    assert plain[column:].split()[:2] == [f"{report.entries[0].measured.error:.2g}", "0.0%"]
+    assert plain[column:].split()[:2] == [f"{report.entries[0].measured.error:#.2g}", "0.0%"]
     assert kept[column:].startswith(" ") and hard[column:].split()[1].endswith("%")
     found = json.loads(json.dumps(report.to_dict(), allow_nan=False))["entries"]
     assert found[0]["measured"] == {"error": report.entries[0].measured.error, "exact_rows": 0.0, "calls": 1}
