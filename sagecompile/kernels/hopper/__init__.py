@@ -253,7 +253,7 @@ def _quantize_source(variant: Variant, prologue: Defines) -> Source:
 def _attend_source(variant: Variant, is_causal: bool, prologue: Defines) -> Source:
     consumers, overlap, lag = variant.schedule
     own = 64 * ((variant.head_dim + 8) * 4 if variant.fp8 else variant.head_dim * variant.dtype.itemsize)
-    fixed = consumers * (own + variant.head_dim // 16 * (64 * 16 + 16)) + _TURNS * 32
+    fixed = consumers * (own + variant.head_dim // 16 * (64 * 16 + 16) + 64 * 4) + _TURNS * 32
     stage = variant.k_bytes + variant.v_bytes + 32
     stages = min(_MOST_STAGES, (_SHARED_LIMIT - fixed) // stage)
     shared_bytes = fixed + stages * stage

@@ -33,7 +33,12 @@ constexpr int ROWS = 64 * CONSUMERS;
 static_assert(FLAG_ROWS == 16, "rows of a warp");
 constexpr int PARTS = TILE * V_BYTES / 32;  // steps of PV in one tile, of 32 bytes of V each
 constexpr int P_WORDS = 4 * PARTS;
-constexpr float STEEPEST = 0x1p-6f;  // as in sagecompile.ops.quantize
+
+// As in sagecompile.ops.quantize, where the guard is explained.
+constexpr float MOST_ERROR = 0.03f, MOST_ERROR_OF_A_ROW = 0.07f, MOST_NOISE = 0.1f;
+constexpr float ROUNDING_NOISE = 0.6931472f * 0.6931472f / 12.0f;
+// |k|^2 of a rotated key as integers, whose tile's largest of 128 D nearly normal values is 127: 3.9 deviations.
+constexpr float USUAL_K_SQUARE = D * 127.0f * 127.0f / 15.0f;
 
 // P is at most 2^(SHIFT + SLACK): below e4m3's 448.
 constexpr float SHIFT = FP8 ? 7.5f : 0.0f;
@@ -98,7 +103,8 @@ struct Shared {
     static constexpr int v = k + STAGES * K_TILE_WITH_HEADER;
     static constexpr int own = v + STAGES * V_TILE;
     static constexpr int q = own + 4 * CONSUMERS * OWN_BYTES;
-    static constexpr int barriers = q + CONSUMERS * Q_BYTES;
+    static constexpr int noise = q + CONSUMERS * Q_BYTES;
+    static constexpr int barriers = noise + CONSUMERS * 64 * 4;
     static constexpr int work = barriers + STAGES * 32;
     static constexpr int end = work + TURNS * 32;
 };
@@ -175,17 +181,19 @@ struct Softmax {
     float factor[2], offset[2];  // from a score to its exponent
     float sum[2];    // of P, in float32
     float weight;    // what the P that is multiplied counts in them: one over the scale of V that is in it
-    float k_scale_max;  // of the tiles seen; +Inf if one of them cannot be used
+    float k_squares;  // of the scales of the tiles seen, summed; +Inf if one of them cannot be used
+    unsigned peaks;   // this thread's largest scores, as powers of two: two float16. With FP8 `reference` is near them
     bool moved;  // whether `rescale` is not one for some row of the warp
 
     __device__ __forceinline__ void start() {
         reference[0] = reference[1] = -1e30f;
-        sum[0] = sum[1] = k_scale_max = 0.0f;
+        peaks = 0xfc00fc00u;  // -Inf
+        sum[0] = sum[1] = k_squares = 0.0f;
     }
 
     // The scores' maximum decides what exponents are relative to.
     __device__ __forceinline__ void measure(const int (&s)[64], const float4& header) {
-        k_scale_max = fmaxf(k_scale_max, fmaxf(header.x, header.w));
+        k_squares = fmaf(header.x, header.x, k_squares + header.w);
         int top[8];  // four for each row, for short chains of dependent instructions
 #pragma unroll
         for (int i = 0; i < 64; i += 2) {
@@ -199,6 +207,7 @@ struct Softmax {
             factor[r] = fmaxf(q_factor[r] * header.x, SMALLEST_FACTOR);
             largest[r] = fmaf(__int_as_float(top[r] + MAGIC_BITS) - ROUNDING, factor[r], header.y);  // hidden: -Inf
         }
+        if constexpr (!FP8) peaks = max_16(peaks, pack_16<FLOAT16>(largest[0], largest[1]));
         moved = __any_sync(~0u, largest[0] > reference[0] + SLACK || largest[1] > reference[1] + SLACK);
         if (moved) {
 #pragma unroll
@@ -244,6 +253,35 @@ __device__ __forceinline__ float finite(float x) {
     asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(0x1.fffffep127f));
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-0x1.fffffep127f));
     return x;
+}
+
+// Whether a warp's 16 rows are to be computed again, by the predicted errors of their output: quantize.exact_rows.
+// weight: of a tile's P, see Softmax.
+__device__ __forceinline__ bool too_far_off(const Softmax& softmax, float weight, const float (&noise)[2], int tiles,
+                                            int rows) {
+    const float k_square = softmax.k_squares * reciprocal(tiles);
+    const float most = fmaxf(noise[0], noise[1]) * k_square;
+    if (!__any_sync(~0u, !(most <= MOST_ERROR * MOST_ERROR))) return false;  // nor can an error be larger; or NaN
+    float peak[2] = {softmax.reference[0] + SLACK / 2, softmax.reference[1] + SLACK / 2}, errors = 0.0f;
+    if constexpr (!FP8) {
+        unsigned peaks = softmax.peaks;
+        peaks = max_16(peaks, __shfl_xor_sync(~0u, peaks, 1));
+        peaks = max_16(peaks, __shfl_xor_sync(~0u, peaks, 2));
+        unpack_16<FLOAT16>(peaks, peak[0], peak[1]);
+    }
+    bool hard = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float largest = exp2_approx(peak[r] - softmax.reference[r] + SHIFT) * weight * reciprocal(softmax.sum[r]);
+        const float square = noise[r] * k_square, rest = largest < 2.0f ? fmaxf(1.0f - largest, 0.0f) : 1.0f;
+        const float error = square * rest * sqrt_approx(rest);
+        if (8 * r >= rows) continue;
+        hard |= !(square <= MOST_NOISE * MOST_NOISE && error <= MOST_ERROR_OF_A_ROW * MOST_ERROR_OF_A_ROW);  // or NaN
+        errors += error;
+    }
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) errors += __shfl_xor_sync(~0u, errors, distance);
+    return __any_sync(~0u, hard || errors > MOST_ERROR * MOST_ERROR * 16);
 }
 
 __device__ __forceinline__ void store(const Parameters& p, int batch, int head, int row, int t,
@@ -299,6 +337,11 @@ struct Consumer {
           warp(uniform(threadIdx.x / 32 % 4)), t(threadIdx.x % 4) {}
 
     __device__ __forceinline__ unsigned q_shared() const { return k_pipe.base + Shared::q + consumer * Q_BYTES; }
+
+    // Of the rows of this warp, what their scores' noise is, squared, where the scale of K is one.
+    __device__ __forceinline__ float* noise() const {
+        return reinterpret_cast<float*>(memory + Shared::noise) + consumer * 64 + warp * 16;
+    }
 
     __device__ __forceinline__ char* own() const { return memory + Shared::own + (consumer * 4 + warp) * OWN_BYTES; }
 
@@ -540,6 +583,11 @@ struct Consumer {
             const float amax = fmaxf(__uint_as_float(bits), SMALLEST_AMAX);
             factor[pass] = bits < INFINITY_BITS ? amax * (1.0f / LARGEST_INT8) * fabsf(p.scale_log2e) : infinity();
             q[pass] = pack_row(x, copysignf(LARGEST_INT8 * reciprocal(amax), p.scale_log2e));
+            int square = __dp4a(int(q[pass].x), int(q[pass].x), __dp4a(int(q[pass].y), int(q[pass].y), 0));
+            square = __dp4a(int(q[pass].z), int(q[pass].z), __dp4a(int(q[pass].w), int(q[pass].w), square));
+#pragma unroll
+            for (int distance = 1; distance < LANES; distance *= 2) square += __shfl_xor_sync(~0u, square, distance);
+            if (t == 0) noise()[in_warp] = factor[pass] * factor[pass] * ROUNDING_NOISE * (square + USUAL_K_SQUARE);
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {  // the factors of this thread's own two rows
@@ -629,13 +677,14 @@ struct Consumer {
         wgmma_fence();
         multiply_pv(words);
         wgmma_wait<0>();
+        const float weight = softmax.weight;
         take_pv(words, 0.0f);
         if (FP8 && in_shared) collect();
         if (!early) fetch_q(turn + 1);
         store(p, head / p.heads, head % p.heads, row, t, o, softmax.sum);
-        const float unit = fmaxf(softmax.q_factor[0], softmax.q_factor[1]) * softmax.k_scale_max;
-        const bool again = __any_sync(~0u, !(unit <= STEEPEST));  // zero times Inf is NaN
-        if (lane == 0 && row < p.q_len) 
+        const float of_rows[2] = {noise()[lane / 4], noise()[lane / 4 + 8]};
+        const bool again = too_far_off(softmax, weight, of_rows, tiles, p.q_len - row);
+        if (lane == 0 && row < p.q_len)
             p.flags[static_cast<int64>(head) * ((p.q_len + FLAG_ROWS - 1) / FLAG_ROWS) + row / FLAG_ROWS] = again;
         return true;
     }

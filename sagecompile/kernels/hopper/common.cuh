@@ -54,6 +54,12 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
+__device__ __forceinline__ float sqrt_approx(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ unsigned pack_fp8(float a, float b, float c, float d) {
     unsigned short low, high;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
@@ -76,6 +82,13 @@ __device__ __forceinline__ unsigned pack_int8(float a, float b, float c, float d
     const unsigned low = __byte_perm(__float_as_uint(a + ROUNDING), __float_as_uint(b + ROUNDING), 0x0040);
     const unsigned high = __byte_perm(__float_as_uint(c + ROUNDING), __float_as_uint(d + ROUNDING), 0x0040);
     return __byte_perm(low, high, 0x5410);
+}
+
+// The larger ones of two words of float16.
+__device__ __forceinline__ unsigned max_16(unsigned a, unsigned b) {
+    unsigned larger;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
 }
 
 // The two values of a word of 16-bit elements.

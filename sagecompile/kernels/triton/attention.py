@@ -42,6 +42,16 @@ TILES = {
 
 _BLOCK = tl.constexpr(BLOCK)
 
+FLAG_ROWS = 32
+"""Rows of the output that share one flag."""
+_FLAG_ROWS = tl.constexpr(FLAG_ROWS)
+
+# Of a guard that sagecompile.ops.quantize explains. 0.03 and not 0.022, as channels are not balanced here.
+MOST_ERROR = tl.constexpr(0.03)
+MOST_ERROR_OF_A_ROW = tl.constexpr(0.07)
+MOST_NOISE = tl.constexpr(0.1)
+_ROUNDING_NOISE = tl.constexpr(0.6931471805599453**2 / 12)
+
 # 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum.
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -60,22 +70,27 @@ def attention(
     check(q, k, v, out, format, FORMATS, max_head_dim=128)
     with torch.cuda.device_of(q):
         quantized = quantize(q, k, v, scale=scale, fp8=format == "qk_int8_pv_fp8")
-        _launch(quantized, out, k.shape, is_causal=is_causal, format=format)
-        recompute_flagged(q, k, v, out, quantized.flags, scale=scale, is_causal=is_causal)
+        flags = _launch(quantized, out, k.shape, is_causal=is_causal, format=format)
+        recompute_flagged(q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal)
 
 
-def _launch(quantized: Quantized, out: torch.Tensor, kv_shape: torch.Size, *, is_causal: bool, format: str) -> None:
+def _launch(
+    quantized: Quantized, out: torch.Tensor, kv_shape: torch.Size, *, is_causal: bool, format: str
+) -> torch.Tensor:
+    """Which rows must be computed again, by FLAG_ROWS: (B * Hq, ceil(Nq / FLAG_ROWS)) int32."""
     batch, q_heads, q_len, head_dim = out.shape
     kv_heads, kv_len = kv_shape[1:3]
     width = padded_head_dim(head_dim)
     tile = TILES[format, width]
+    flags = torch.empty((batch * q_heads, triton.cdiv(q_len, FLAG_ROWS)), dtype=torch.int32, device=out.device)
     _attend[(batch * q_heads * triton.cdiv(q_len, tile.rows),)](
         quantized.q, quantized.q_factor, quantized.k, quantized.k_scale, quantized.v, quantized.v_amax,
-        quantized.flags, out, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim, *out.stride(),
+        quantized.flags, flags, out, q_heads, q_heads // kv_heads, q_len, kv_len, head_dim, *out.stride(),
         IS_CAUSAL=is_causal, FP8=format == "qk_int8_pv_fp8",
         D0=64 if width == 96 else width, D1=32 if width == 96 else 0,
         ROWS=tile.rows, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    return flags
 
 
 @triton.jit
@@ -156,9 +171,24 @@ def _store_columns(
     tl.store(OUT + offsets, o.to(OUT.dtype.element_ty), mask=(rows < q_len)[:, None] & (columns < head_dim)[None, :])
 
 
+@triton.jit
+def _noise(q_factor, q_square, K_SCALE, blocks, WIDTH: tl.constexpr):
+    """Of each row's scores, squared: quantize.noise, with the mean of the blocks of K that it sees. NaN if unknown.
+
+    A rotated key has |k|^2 of 127^2 * WIDTH / 15 as integers, as the largest of a block's nearly normal values is 127.
+    """
+    squares = tl.zeros([_BLOCK], tl.float32)
+    for start in range(0, blocks, _BLOCK):
+        block = start + tl.arange(0, _BLOCK)
+        k_scale = tl.load(K_SCALE + block, mask=block < blocks, other=0.0)
+        squares += k_scale * k_scale
+    unit = q_factor * q_factor * (tl.sum(squares, 0) / blocks)
+    return unit * _ROUNDING_NOISE * (q_square.to(tl.float32) + 127.0 * 127.0 * WIDTH / 15.0)
+
+
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def _attend(
-    Q, Q_FACTOR, K, K_SCALE, V, V_AMAX, FLAGS, OUT,
+    Q, Q_FACTOR, K, K_SCALE, V, V_AMAX, FLAGS, AGAIN, OUT,
     q_heads, group, q_len, kv_len, head_dim, stride_b, stride_h, stride_n, stride_d,
     IS_CAUSAL: tl.constexpr, FP8: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -170,10 +200,13 @@ def _attend(
     row_tiles = tl.cdiv(q_len, ROWS)
     head = (tl.program_id(0) // row_tiles).to(tl.int64)
     kv_head = head // group
-    if tl.load(FLAGS + kv_head) != 0:  # left to the exact kernel
-        return
     first = (row_tiles - 1 - tl.program_id(0) % row_tiles) * ROWS
     rows = first + tl.arange(0, ROWS)
+    flag = first // _FLAG_ROWS + tl.arange(0, ROWS // _FLAG_ROWS)
+    flags = AGAIN + head * tl.cdiv(q_len, _FLAG_ROWS) + flag
+    if tl.load(FLAGS + kv_head) != 0:  # left to the exact kernel
+        tl.store(flags, 1, mask=flag * _FLAG_ROWS < q_len)
+        return
     q_rows = head * (tl.cdiv(q_len, _BLOCK) * _BLOCK) + rows
     kv_padded = tl.cdiv(kv_len, _BLOCK) * _BLOCK
     q_factor = tl.load(Q_FACTOR + q_rows)
@@ -191,6 +224,9 @@ def _attend(
     V += kv_head * kv_padded * (D0 + D1)
     k_scale_ptr = K_SCALE + kv_head * (kv_padded // _BLOCK)
 
+    square = tl.sum(q0.to(tl.int32) * q0.to(tl.int32), 1)
+    if D1:
+        square += tl.sum(q1.to(tl.int32) * q1.to(tl.int32), 1)
     if IS_CAUSAL:
         end = tl.minimum(first + ROWS, kv_len)
         whole = tl.minimum(first + 1, kv_len) // KEYS * KEYS
@@ -209,6 +245,16 @@ def _attend(
         )  # fmt: skip
 
     OUT += head // q_heads * stride_b + head % q_heads * stride_h
+    noise = _noise(q_factor, square, k_scale_ptr, tl.cdiv(end, _BLOCK), D0 + D1)
+    shift: tl.constexpr = _P_SHIFT if FP8 else 0.0
+    rest = tl.maximum(1.0 - tl.math.exp2(shift) / row_sum, 0.0)  # but for the largest weight
+    error = noise * rest * tl.sqrt(rest)
+    fine = (noise <= MOST_NOISE * MOST_NOISE) & (error <= MOST_ERROR_OF_A_ROW * MOST_ERROR_OF_A_ROW)
+    inside = rows < q_len
+    hard = tl.max(tl.where(inside & (fine == 0), 1, 0).reshape(ROWS // _FLAG_ROWS, _FLAG_ROWS), 1)
+    together = tl.sum(tl.where(inside & fine, error, 0.0).reshape(ROWS // _FLAG_ROWS, _FLAG_ROWS), 1)
+    hard = tl.where(together > MOST_ERROR * MOST_ERROR * _FLAG_ROWS, 1, hard)
+    tl.store(flags, hard, mask=flag * _FLAG_ROWS < q_len)
     _store_columns(OUT, V_AMAX, acc0, row_sum, rows, q_len, kv_head, head_dim, stride_n, stride_d, FP8, 0, D0)
     if D1:
         _store_columns(OUT, V_AMAX, acc1, row_sum, rows, q_len, kv_head, head_dim, stride_n, stride_d, FP8, D0, D1)
