@@ -973,7 +973,8 @@ bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tens
         const __m512 most = _mm512_set1_ps(MOST_NOISE * MOST_NOISE);
         hard[row / ROWS] = _mm512_mask_cmp_ps_mask(those, usual.of(block, row), most, _CMP_NLE_UQ);
     }
-    for (int64_t key = 0; key < shape.kv_len; key += KEYS) {
+    const int64_t seen = std::min(shape.kv_len, first + count + shape.ahead);
+    for (int64_t key = 0; key < seen; key += KEYS) {
         const Noise noise(kv, kv_head, key, std::min(shape.kv_len, key + KEYS));
         for (int row = 0; row < count; row += ROWS) {
             if (!hard[row / ROWS]) meet_integers(tile, block, row, first + row, kv, kv_head, key, noise);
