@@ -120,7 +120,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
         step //= 2
         first, second = x.unflatten(-1, (-1, 2, step)).unbind(-2)
         x = torch.stack((first + second, first - second), -2).flatten(-3)
-    return x * size**-0.5
+    return x * math.pow(size, -0.5)
 
 
 def int8_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,4 +195,5 @@ def exact_rows(noise: torch.Tensor, error: torch.Tensor, out_square: torch.Tenso
     hard = (noise > MOST_NOISE**2) | (error > MOST_ERROR_OF_A_ROW**2)
     hard, error, out_square = (F.pad(x, (0, -rows % ROWS)).unflatten(-1, (-1, ROWS)) for x in (hard, error, out_square))
     together = (error * out_square).sum(-1) > MOST_ERROR**2 * out_square.sum(-1)
-    return (together | hard.any(-1)).repeat_interleave(ROWS, -1)[..., :rows]
+    exact: torch.Tensor = together | hard.any(-1)
+    return exact.repeat_interleave(ROWS, -1)[..., :rows]

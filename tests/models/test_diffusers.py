@@ -14,8 +14,8 @@ from checks import assert_run_by, assert_sites, on, run
 from support import ACCURATE, EXACT, FAST, TOLERANCE, compiled, relative_error
 from zoo import DIFFUSION
 
-OF_THE_OUTPUT = 0.1
-"""Attention moves the output of these models by a tenth: a lost scale shows at 0.006, quantization at 0.001."""
+OF_THE_OUTPUT = 0.12
+"""Attention moves the output of these models by a tenth: a lost scale shows at 0.006, FP8 at 0.0046, INT8 at 0.001."""
 
 SIDE, SMALLER = 6, 5
 """Of the image, in patches."""
