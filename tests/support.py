@@ -5,9 +5,10 @@ In: a function and its inputs. Out: its output and the Report; `compiled` goes t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -233,3 +234,29 @@ def assert_holds(name: str, format: str, actual: torch.Tensor, q: Any, k: Any, v
     rows = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     whole, worst = HARD[name][(ACCURATE, FAST).index(format)], (*HARD[name], 0.25)[2]
     assert relative_error(actual, expected) <= whole and float(rows.max()) <= worst
+
+
+class Promised(NamedTuple):
+    """What the README says of errors: K's outliers, and what they may lead to in ACCURATE and FAST."""
+
+    bias: float
+    """At most, that RoPE turns, in so many channels."""
+    channels: int
+    times: float
+    """As large as others a channel may be."""
+    errors: tuple[float, float]
+    on_gpus: tuple[float, float]
+
+
+def promised() -> Promised:
+    """By the README's own sentence."""
+    text = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+    found = re.search(
+        r"Where K has a constant bias, a bias of up to (\d+) in up to (\d+) channels that RoPE turns, or channels up "
+        r"to (\d+) times as large as the others, the relative L2 error of a call is at most "
+        r"([\d.]+) \(`qk_int8_pv_fp16`\) or ([\d.]+) \(`qk_int8_pv_fp8`\), on a GPU ([\d.]+) or ([\d.]+)\. ",
+        text,
+    )
+    assert found, "the README has no sentence that says which error holds"
+    bias, channels, times, *errors = map(float, found.groups())
+    return Promised(bias, int(channels), times, (errors[0], errors[1]), (errors[2], errors[3]))

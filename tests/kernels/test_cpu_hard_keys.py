@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sagecompile.kernels import cpu
 from sagecompile.kernels.cpu import build
-from tests.ops.test_hard_keys import drawn
+from tests.ops.test_hard_keys import as_promised, drawn
 from tests.support import (
     ACCURATE,
     HARD,
@@ -21,6 +21,7 @@ from tests.support import (
     assert_holds,
     exact_attention,
     hard_inputs,
+    promised,
     relative_error,
     turned_by_rope,
 )
@@ -75,6 +76,14 @@ def test_any_distribution(data):
     """As of the specification, and as exact."""
     q, k, v, causal = drawn(data)
     assert relative_error(attend(q, k, v, causal=causal), exact_attention(q, k, v, is_causal=causal)) <= 0.023
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_what_the_readme_promises(data):
+    q, k, v, causal = as_promised(data)
+    exact = exact_attention(q, k, v, is_causal=causal)
+    assert relative_error(attend(q, k, v, causal=causal), exact) <= promised().errors[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

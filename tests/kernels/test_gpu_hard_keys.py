@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import ACCURATE, FAST, relative_error
+from support import ACCURATE, FAST, promised, relative_error
 
 from sagecompile import formats, kernels
 
@@ -19,11 +19,12 @@ pytestmark = [
 ]
 
 KINDS = [
-    *((rope, size) for rope in ("half", "interleaved") for size in (3, 10, 30, 60, 100, 150)),
+    *(("half", size) for size in (3, 10, 30, 60, 100, 150)),
+    *(("interleaved", size) for size in (10, 60)),
     *(("channel", size) for size in (3, 10, 30, 60, 100)),
 ]
 """The outliers of K, whose usual channels are 1: a bias that RoPE turns by halves or interleaved, or one channel."""
-MOST = {ACCURATE: 0.03, FAST: 0.05}
+MOST = dict(zip((ACCURATE, FAST), promised().on_gpus, strict=True))
 MOST_OF_SMALL = {ACCURATE: 0.022, FAST: 0.048}
 """Where outliers are of 10 at most."""
 MOST_OF_A_ROW = 0.25
@@ -88,8 +89,9 @@ def expected(q, k, v, *, causal):
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("dim", "call"), [(dim, call) for dim in HEAD_DIMS for call in CALLS if dim != 96 or "1000" in call]
+)
 @pytest.mark.parametrize(("kind", "size"), KINDS)
 @pytest.mark.parametrize("format", (ACCURATE, FAST))
 def test_error(attend, format, kind, size, dim, call, record_property):

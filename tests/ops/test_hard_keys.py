@@ -12,10 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ACCURATE, FAST, HARD, assert_holds, exact_attention, hard_inputs, relative_error, turned_by_rope
+from support import (
+    ACCURATE,
+    FAST,
+    HARD,
+    assert_holds,
+    exact_attention,
+    hard_inputs,
+    promised,
+    relative_error,
+    turned_by_rope,
+)
 from torch import Tensor
 
 from sagecompile.ops import quantize, reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, format: str = ACCURATE, **how: Any) -> Tensor:
@@ -177,6 +189,39 @@ def drawn(data: st.DataObject) -> tuple[Tensor, Tensor, Tensor, bool]:
         q, k = turned_by_rope(q), turned_by_rope(k)
     v = normal(1, 1, tokens, dim) * (0.5 * draw(sizes) * normal(dim)).exp() + draw(sizes) * normal(dim)
     return draw(st.floats(0.1, 20.0)) * q, k, v, draw(st.booleans())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_what_the_readme_promises(data: st.DataObject) -> None:
+    q, k, v, is_causal = as_promised(data)
+    exact = exact_attention(q, k, v, is_causal=is_causal)
+    for format, error in zip((ACCURATE, FAST), promised().errors, strict=True):
+        assert relative_error(attend(q, k, v, is_causal=is_causal, format=format), exact) <= error
+
+
+def as_promised(data: st.DataObject) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """q, k, v of the kinds that the README's sentence names, up to the sizes that it names."""
+    draw, most = data.draw, promised()
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    tokens, dim, dtype = (
+        draw(st.integers(100, 600)),
+        draw(st.sampled_from((64, 96, 128))),
+        draw(st.sampled_from(DTYPES)),
+    )
+    q, k, v = (torch.randn(1, heads, tokens, dim) for heads in (4, 2, 2))
+    kind = draw(st.sampled_from(("constant", "turned", "channels")))
+    channels = torch.randperm(dim)[: draw(st.integers(1, most.channels))]
+    if kind == "constant":
+        k += draw(st.floats(-100, 100))
+    elif kind == "turned":
+        bias, interleaved = torch.zeros(dim), draw(st.booleans())
+        bias[channels] = draw(st.floats(0, most.bias)) * (2 * torch.rand(len(channels)) - 1)
+        q, k = (turned_by_rope(x, interleaved=interleaved) for x in (q + 0.02 * bias, k + bias))
+    else:
+        k[..., channels] *= 1 + (draw(st.floats(1, most.times)) - 1) * torch.rand(len(channels))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    return q, k, v, draw(st.booleans())
 
 
 def test_plain_inputs_are_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
