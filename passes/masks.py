@@ -1,8 +1,8 @@
-"""Recognise a mask that the graph itself computes, from positions alone, as causal or as masking nothing.
+"""Recognise a mask that the graph itself computes, from positions alone: causal, or one that masks nothing.
 
-In: a mask node. Out: CAUSAL, NOTHING_MASKED or None (unknown). Transformers builds causal masks out of `arange` in the
-graph: as a formula (positions.py) such a mask is known for every length. What has no formula, such as a mask filled in
-place, is computed once, at compile time, if all lengths are known. A padding mask that is an input is never known.
+In: a mask node. Out: which keys it lets a query see, or None (unknown). Transformers builds causal masks in the graph,
+out of `arange`: as a formula (positions.py) such a mask is known for every length. What has no formula, such as a mask
+filled in place, is computed once, at compile time, if all lengths are known. An input is never known.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .formula import Affine, Split, agree, index
+from sagecompile.mask import ALL, CAUSAL, Mask
+
+from .formula import Affine, Split, index
 from .graph import bare_name, calls, mutates, name_of, storage, tensor, written
 from .positions import formulas
-
-CAUSAL = "causal"
-NOTHING_MASKED = "nothing masked"
 
 MAX_ELEMENTS = 1 << 28
 """Of the largest tensor that is computed here; a mask above it is not looked at."""
 
 PURE = frozenset(
     (
-        "add and arange bitwise_and bitwise_not bitwise_or bool clone contiguous cumsum detach diff div eq expand "
-        "expand_as finfo float full full_like ge getitem gt invert le logical_and logical_not logical_or lt "
-        "masked_fill mul ne neg new_full new_ones new_zeros not ones ones_like or permute reshape rsub scalar_tensor "
-        "size squeeze sub tensor to transpose tril triu truediv type type_as unsqueeze view where zeros zeros_like"
+        "add and arange bitwise_and bitwise_not bitwise_or bool cat clone concat contiguous cumsum detach diff div "
+        "eq expand expand_as finfo float full full_like ge getitem gt hstack invert le logical_and logical_not "
+        "logical_or lt masked_fill mul ne neg new_full new_ones new_zeros not ones ones_like or permute reshape "
+        "rsub scalar_tensor size squeeze stack sub tensor to transpose tril triu truediv type type_as unsqueeze "
+        "view where zeros zeros_like"
     ).split()
 )
 """Calls whose result depends on their arguments alone."""
@@ -46,8 +46,19 @@ def describe(node: Any) -> str:
     return f"{str(found.dtype).removeprefix('torch.')} ({', '.join(str(size) for size in found.shape)})"
 
 
-def recognise(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = False) -> str | None:
-    """What a mask for (..., q_len, kv_len) scores does, if that can be known.
+def read(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = False) -> Mask:
+    """What a mask for (..., q_len, kv_len) scores does, as far as that can be known; no node is no mask.
+
+    A boolean mask marks what takes part, unless `true_means_masked`; a float mask is added to the scores.
+    """
+    if node is None:
+        return ALL
+    found = recognise(node, q_len, kv_len, true_means_masked)
+    return Mask(tensor=describe(node)) if found is None else found
+
+
+def recognise(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = False) -> Mask | None:
+    """What a mask for (..., q_len, kv_len) scores does, None if that cannot be known.
 
     A boolean mask marks what takes part, unless `true_means_masked`; a float mask is added to the scores.
     """
@@ -60,11 +71,12 @@ def recognise(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = Fals
         wanted = (q_len, kv_len)
         fits = all(known(have == 1) or known(have == want) for have, want in zip(found.shape[-2:], wanted, strict=True))
         ways = (_proved, _computed) if fits else ()
-        seen[key] = next(filter(None, (way(node, wanted, true_means_masked) for way in ways)), None)
+        said = (way(node, wanted, true_means_masked) for way in ways)
+        seen[key] = next((mask for mask in said if mask is not None), None)
     return seen[key]  # type: ignore[no-any-return]
 
 
-def _proved(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> str | None:
+def _proved(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> Mask | None:
     """From the formula of the mask, whatever the lengths."""
     found, read = tensor(node), formulas(node)
     formula = read.get(node)
@@ -75,11 +87,28 @@ def _proved(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> 
     if None in allowed or not any(allowed):
         return None
     if all(allowed):
-        return NOTHING_MASKED
+        return ALL
     assert isinstance(formula, Split)
     below = formula.below if allowed[0] else formula.below.negated()
     query, key = (index(found.dim() - back, found.dim(), 0 if known(found.shape[-back] == 1) else 1) for back in (2, 1))
-    return CAUSAL if _same_shape(found, wanted) and agree(below, key - query) else None
+    behind = below - (key - query)
+    if not _same_shape(found, wanted) or any(behind.steps):
+        return None
+    return _causal(-behind.constant, wanted)
+
+
+def _causal(ahead: Any, wanted: tuple[Any, Any]) -> Mask | None:
+    """Query i sees the keys j <= i + ahead. None if one may see no key, or for a symbol that rewrite.py does not know.
+
+    It knows kv_len - q_len: the queries are the last tokens.
+    """
+    q_len, kv_len = wanted
+    if not isinstance(ahead, int):
+        if known(ahead == 0):
+            return CAUSAL
+        if not known(ahead == kv_len - q_len) or not known(ahead >= 0):
+            return None
+    return Mask(ahead) if known(ahead >= 0) else None
 
 
 def _takes_part(part: Affine, dtype: torch.dtype, true_means_masked: bool) -> bool | None:
@@ -98,7 +127,7 @@ def _same_shape(mask: torch.Tensor, wanted: tuple[Any, Any]) -> bool:
     return all(known(have == want) for have, want in zip(mask.shape[-2:], wanted, strict=True))
 
 
-def _computed(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> str | None:
+def _computed(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -> Mask | None:
     """From its value: what changes in place, or is no formula, with lengths that are known."""
     mask = constant(node)
     if mask is None or mask.numel() == 0:
@@ -107,10 +136,12 @@ def _computed(node: fx.Node, wanted: tuple[Any, Any], true_means_masked: bool) -
     if allowed is None:
         return None
     if bool(allowed.all()):
-        return NOTHING_MASKED
+        return ALL
     if not _same_shape(mask, wanted):
         return None
-    return CAUSAL if torch.equal(allowed, allowed.new_ones(allowed.shape).tril()) else None
+    rows = allowed.reshape(-1, *allowed.shape[-2:])
+    ahead = int(rows[0, 0].sum()) - 1
+    return _causal(ahead, wanted) if torch.equal(rows, rows.new_ones(rows.shape).tril(ahead)) else None
 
 
 def _allowed(mask: torch.Tensor, true_means_masked: bool) -> torch.Tensor | None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from sagecompile.mask import CAUSAL, Mask
+
 from . import masks
 from .graph import Builder, argument, autocast_is_on, tensor
 from .operand import Operand
@@ -33,6 +35,9 @@ LAYER_ARGUMENTS = (
     "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps "
     "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
 ).split()
+
+KEY_PADDING = 1
+"""The `mask_type` of a native call's mask (batch, tokens); that of others is (tokens, tokens) of each head."""
 
 
 def _bind(node: fx.Node, names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -104,19 +109,15 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
             obstacle = obstacle or f"{name}: needs none"
     if args["add_zero_attn"]:
         obstacle = obstacle or "add_zero_attn: needs False"
-    is_causal = args["attn_mask"] is not None and args["is_causal"] and not args["need_weights"]
-    mask = None
-    if args["attn_mask"] is not None and not is_causal:
-        seen = masks.recognise(args["attn_mask"], query.shape[0], key.shape[0], true_means_masked=True)
-        is_causal = seen == masks.CAUSAL
-        mask = None if seen else masks.describe(args["attn_mask"])
+    mask = masks.read(args["attn_mask"], query.shape[0], key.shape[0], true_means_masked=True)
+    if args["attn_mask"] is not None and args["is_causal"] and not args["need_weights"]:
+        mask = CAUSAL  # the module believes the hint, and does not look at the mask
     site = _site(
         anchor,
         node,
         "nn.MultiheadAttention",
         args,
         batch_first=False,
-        is_causal=is_causal,
         mask=mask,
         dropout_p=args["dropout_p"] if args["training"] else 0.0,
         obstacle=obstacle,
@@ -149,7 +150,7 @@ def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     anchor, obstacle = first_result(node, live, "attention weights")
     if anchor is None or tensor(anchor) is None or tensor(args["query"]) is None or tensor(args["key"]) is None:
         return None
-    mask = None if args["mask"] is None else masks.describe(args["mask"])
+    mask = _native_mask(args, tensor(args["query"]), tensor(args["key"]))
     obstacle = obstacle or _autocast_obstacle(node, args["query"])
     site = _site(anchor, node, "nn.MultiheadAttention", args, batch_first=True, mask=mask, obstacle=obstacle)
 
@@ -160,6 +161,14 @@ def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     return Match(site, anchor, emit, tokens_first=True)
 
 
+def _native_mask(args: dict[str, Any], query: torch.Tensor | None, key: torch.Tensor | None) -> Mask:
+    """Of torch's native calls; what is not 0 in their mask is masked, also in one of floats."""
+    if args["mask"] is not None and args["mask_type"] == KEY_PADDING:
+        return Mask(tensor=masks.describe(args["mask"]))
+    assert query is not None and key is not None
+    return masks.read(args["mask"], query.shape[1], key.shape[1], true_means_masked=True)
+
+
 def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
     """torch._transformer_encoder_layer_fwd; src (batch, tokens, embed)."""
     args = _bind(node, LAYER_ARGUMENTS, {})
@@ -167,7 +176,7 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
     if src is None or out is None or src.is_nested or src.dim() != 3:
         return None
     args["query"] = args["key"] = args["src"]
-    mask = None if args["mask"] is None else masks.describe(args["mask"])
+    mask = _native_mask(args, src, src)
     obstacle = _autocast_obstacle(node, args["src"])
     site = _site(node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask, obstacle=obstacle)
 

@@ -1,7 +1,7 @@
 """Match F.scaled_dot_product_attention, in every way it can be called, and the kernels of torch's that it stands for.
 
-In: a call node. Out: a Match. K and V are taken from before a `repeat_kv`; a mask that the graph shows to be causal
-becomes `is_causal`; operands that autocast would cast are cast.
+In: a call node. Out: a Match. K and V are taken from before a `repeat_kv`; of a mask the site has what
+the graph shows it to be; operands that autocast would cast are cast.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from sagecompile.mask import ALL, CAUSAL
 
 from . import masks
 from .graph import Builder, argument, name_of, tensor
@@ -72,13 +74,7 @@ def _match(
     for what, given in (("is_causal", is_causal), ("scale", scale), ("dropout_p", dropout_p)):
         if isinstance(given, fx.Node):
             obstacle = obstacle or f"{what} computed in the graph: needs a constant"
-    mask = None
-    if mask_node is not None:
-        seen = masks.recognise(mask_node, q.shape[2], k.shape[2])
-        if seen == masks.CAUSAL and not is_causal:
-            is_causal = True
-        elif seen != masks.NOTHING_MASKED:
-            mask = masks.describe(mask_node)
+    mask = masks.read(mask_node, q.shape[2], k.shape[2]) & (CAUSAL if is_causal is True else ALL)
     site = make_site(
         node,
         "sdpa",
@@ -86,7 +82,6 @@ def _match(
         k,
         v,
         out.dtype,
-        is_causal=is_causal is True,
         mask=mask,
         scale=scale if isinstance(scale, (int, float)) else None,
         dropout_p=float(dropout_p) if isinstance(dropout_p, (int, float)) else 0.0,

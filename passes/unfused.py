@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sagecompile.mask import ALL, Mask
+
 from . import contraction, masks
 from .contraction import Contraction, Roles
 from .graph import CASTS, RESHAPES, Builder, argument, calls, is_computed, mutates, name_of, said, tensor
@@ -113,7 +115,7 @@ def _match(
         changed = changed_between(scores.node, weighted.node, operand.node)
         if changed is not None:
             walk.blocked(f"in-place {said(changed)}: needs q and k unchanged between the scores and the result")
-    is_causal, mask = _read_masks(walk.masks, layouts, f"{contraction.query_of(scores, key)}{key}")
+    mask = _read_masks(walk.masks, layouts, f"{contraction.query_of(scores, key)}{key}")
     site = make_site(
         weighted.node,
         scores.spelling,
@@ -121,7 +123,6 @@ def _match(
         k,
         v,
         out.dtype,
-        is_causal=is_causal,
         mask=mask,
         scale=walk.scale,
         dropout_p=walk.dropout_p,
@@ -143,24 +144,19 @@ def _result_obstacle(out: torch.Tensor, roles: Roles) -> str | None:
     return result_obstacle(out, expected, roles.out_order)
 
 
-def _read_masks(
-    given: list[_Mask], layouts: dict[fx.Node, Layout | None], query_and_key: str
-) -> tuple[bool, str | None]:
-    """Whether they are causal, and what those are that were not understood; of scores that end in these two dims."""
-    is_causal, other = False, None
+def _read_masks(given: list[_Mask], layouts: dict[fx.Node, Layout | None], query_and_key: str) -> Mask:
+    """What they let through together, of scores that end in these two dims."""
+    together = ALL
     for item in given:
         where, scores, mask = layouts[item.call], tensor(item.call), tensor(item.mask)
         assert where is not None and scores is not None
-        seen = None
+        seen = Mask(tensor=masks.describe(item.mask))
         if where.dims[-2:] == query_and_key and mask is not None:
             if mask.is_floating_point() == item.added:
                 q_len, kv_len = scores.shape[-2:]
-                seen = masks.recognise(item.mask, q_len, kv_len, true_means_masked=item.when_true)
-        if seen == masks.CAUSAL:
-            is_causal = True
-        elif seen != masks.NOTHING_MASKED:
-            other = masks.describe(item.mask)
-    return is_causal, other
+                seen = masks.read(item.mask, q_len, kv_len, true_means_masked=item.when_true)
+        together = together & seen
+    return together
 
 
 def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[list[fx.Node], Contraction] | None:

@@ -106,7 +106,10 @@ def decide(
         for provider in PROVIDERS.values():
             if name not in provider.formats or not _is_for(provider, device):
                 continue
-            if auto and not provider.may_win:
+            limit = _provider_limit(site, provider)
+            if limit:
+                refusals.append(limit)
+            elif auto and not provider.may_win:
                 never_wins[name] = provider.name
             else:
                 wanted = (site, name, provider.name, device, settings.min_speedup, cuda_graphs)
@@ -242,13 +245,20 @@ def _site_limits(site: AttentionSite) -> Iterator[str]:
         yield "needs a gradient: run under torch.inference_mode() or torch.no_grad()"
     if site.dropout_p != 0.0:
         yield f"dropout_p {site.dropout_p:g}: needs 0 (model.eval())"
-    if site.mask is not None:
+    if site.mask.tensor is not None:
         yield f"mask {site.mask}: needs none, or one that the graph shows to be causal"
     if site.value_dim != site.head_dim:
         yield f"value head_dim {site.value_dim}: needs q's and k's, {site.head_dim}"
     for what, size in (("batch", site.batch), ("heads", site.heads), ("q_len", site.q_len), ("kv_len", site.kv_len)):
         if isinstance(size, int) and size == 0:
             yield f"{what} 0: nothing to compute"
+
+
+def _provider_limit(site: AttentionSite, row: Provider) -> str | None:
+    """What this provider cannot do."""
+    if site.mask.is_causal and not site.mask.is_plain and not row.causal_offset:
+        return f"mask {site.mask}: {row.name} needs none or causal"
+    return None
 
 
 def _format_limit(site: AttentionSite, row: Format, device: Device) -> str | None:

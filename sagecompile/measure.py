@@ -77,9 +77,9 @@ def _watched(op: Callable[..., torch.Tensor], measured: Measured) -> Callable[..
                 q = Prologue(how["q_eps"], q_weight, how["q_rope"], cos, sin).apply(q).to(q.dtype)
                 k = Prologue(how["k_eps"], k_weight, how["k_rope"], cos, sin).apply(k).to(k.dtype)
             scale = how["scale"] if how["scale"] is not None else q.shape[3] ** -0.5
-            error = _error(q, k, v, out, scale, how["is_causal"])
+            error = _error(q, k, v, out, scale, how["ahead"])
             if rows is None:
-                rows = _specified_rows(q, k, v, scale=scale, is_causal=how["is_causal"], format=how["format"])
+                rows = _specified_rows(q, k, v, scale=scale, ahead=how["ahead"], format=how["format"])
         measured.add(error, min(1.0, rows / out[..., 0].numel()))
         return out
 
@@ -87,7 +87,7 @@ def _watched(op: Callable[..., torch.Tensor], measured: Measured) -> Callable[..
 
 
 def _error(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, is_causal: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, ahead: int | None
 ) -> float:
     """||out - exact|| / ||exact||, without the elements that are NaN or Inf in exact attention."""
     wrong = size = torch.zeros((), dtype=torch.float64, device=q.device)
@@ -96,9 +96,9 @@ def _error(
         step = max(1, MAX_SCORES // (q_head.shape[1] * k.shape[2]))
         for start in range(0, q.shape[2], step):
             part = slice(start, start + step)
-            seen = slice(start + step if is_causal else None)
+            seen = slice(None if ahead is None else ahead + start + step)
             tensors = q_head[:, :, part].double(), k_head[:, :, seen], v_head[:, :, seen]
-            exact = sdpa(*tensors, scale=scale, is_causal=is_causal, causal_offset=start)
+            exact = sdpa(*tensors, scale=scale, is_causal=ahead is not None, causal_offset=(ahead or 0) + start)
             finite = exact.isfinite()
             difference = torch.where(finite, out_head[:, :, part] - exact, 0.0)
             wrong = wrong + difference.square().sum()

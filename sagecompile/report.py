@@ -101,7 +101,7 @@ class Report:
 
     def __str__(self) -> str:
         """A table, one line a site; equal lines of consecutive layers are not folded, so that none is hidden."""
-        header = ("site", "call", "shape", "dtype", "causal", "error", "exact rows", "decision")
+        header = ("site", "call", "shape", "dtype", "mask", "error", "exact rows", "decision")
         rows = [header, *(_row(entry) for entry in self.entries)]
         if not any(entry.measured for entry in self.entries):
             rows = [(*row[:5], row[-1]) for row in rows]
@@ -133,7 +133,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
         f"{site.spelling} {site.source}",
         site.shape,
         site.dtype,
-        "yes" if site.is_causal else "no",
+        str(site.mask),
         *_figures(entry.measured),
         text,
     )

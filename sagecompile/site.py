@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from .mask import ALL, Mask
+
 Size = Any
 """An int, or a torch.SymInt where the graph is compiled for more than one size."""
 
@@ -56,9 +58,8 @@ class AttentionSite:
     """In which the call computes: that of q, k and v, or autocast's."""
     device: str
     """Type and index, e.g. `cuda:0`."""
-    is_causal: bool = False
-    mask: str | None = None
-    """What the mask is, e.g. `bool (2, 1, 40, 40)`; None without one, or if it was recognised as causal."""
+    mask: Mask = ALL
+    """What is known of which keys a query sees."""
     scale: float | None = None
     """Multiplies the scores; None is 1 / sqrt(head_dim)."""
     dropout_p: float = 0.0
@@ -74,9 +75,9 @@ class AttentionSite:
 
     @property
     def flops(self) -> float:
-        """Of the two matmuls, of sizes that are numbers; a causal one needs half."""
-        full: float = 4.0 * self.batch * self.heads * self.q_len * self.kv_len * self.head_dim
-        return full / 2 if self.is_causal else full
+        """Of the two matmuls, of sizes that are numbers and keys that are seen."""
+        keys = self.mask.keys(self.q_len, self.kv_len)
+        return float(4.0 * self.batch * self.heads * self.q_len * keys * self.head_dim)
 
     @property
     def shape(self) -> str:
@@ -109,6 +110,7 @@ class AttentionSite:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a symbolic size becomes its expression as text."""
         named = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        named["mask"] = self.mask.to_dict()
         return named | {"prologues": [made._asdict() for made in self.prologues] if self.prologues else None}
 
 

@@ -34,6 +34,7 @@ from sagecompile.cost.profile import (
 from sagecompile.cost.prologues import SDPA, Making, PrologueCosts
 from sagecompile.cost.timer import WARM_UPS, interleaved_median_us
 from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.mask import CAUSAL
 from sagecompile.site import AttentionSite, Device, Prologue
 
 SITE = AttentionSite("layers.0", "model.py:1", "sdpa", 2, 8, 8, 2048, 2048, 128, 128, "bfloat16", "cuda:0")
@@ -146,7 +147,7 @@ class TestPredict:
         assert predict(replace(SITE, batch=8)).speedup == pytest.approx(4)
 
     @pytest.mark.parametrize(
-        "change", [{"dtype": "float32"}, {"head_dim": 64}, {"is_causal": True}, {"heads": 4}, {"q_len": 1000}]
+        "change", [{"dtype": "float32"}, {"head_dim": 64}, {"mask": CAUSAL}, {"heads": 4}, {"q_len": 1000}]
     )
     def test_what_was_not_measured_is_not_predicted(self, change):
         assert predict(replace(SITE, **change)) is None

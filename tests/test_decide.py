@@ -11,11 +11,12 @@ from sagecompile import decide as module
 from sagecompile.cost import Prediction
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.lengths import long_enough
+from sagecompile.mask import CAUSAL, Mask
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Device, Prologue
 
 SITE = AttentionSite(
-    *("model.layers.0", "model.py:1", "sdpa"), 2, 16, 16, 4096, 4096, 128, 128, "bfloat16", "cuda:0", is_causal=True
+    *("model.layers.0", "model.py:1", "sdpa"), 2, 16, 16, 4096, 4096, 128, 128, "bfloat16", "cuda:0", mask=CAUSAL
 )
 H200 = Device("cuda", "NVIDIA H200", (9, 0))
 A100 = Device("cuda", "NVIDIA A100", (8, 0))
@@ -37,7 +38,10 @@ def refuses_triton(site, format, provider):
         ({"obstacle": "attention weights: used elsewhere (by mean)"}, "attention weights: used elsewhere (by mean)"),
         ({"needs_grad": True}, "needs a gradient: run under torch.inference_mode() or torch.no_grad()"),
         ({"dropout_p": 0.1}, "dropout_p 0.1: needs 0 (model.eval())"),
-        ({"mask": "bool (2, 1, 8, 8)"}, "mask bool (2, 1, 8, 8): needs none, or one that the graph shows to be causal"),
+        (
+            {"mask": Mask(tensor="bool (2, 1, 8, 8)")},
+            "mask bool (2, 1, 8, 8): needs none, or one that the graph shows to be causal",
+        ),
         ({"value_dim": 64}, "value head_dim 64: needs q's and k's, 128"),
         ({"kv_len": 0}, "kv_len 0: nothing to compute"),
         ({"q_len": 0}, "q_len 0: nothing to compute"),

@@ -24,6 +24,7 @@ from sagecompile.cost.profile import SHIPPED, Family, Point, Profile, Time
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.errors import OptionError
 from sagecompile.formats import PROVIDERS
+from sagecompile.mask import CAUSAL
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Device, Prologue
 
@@ -260,7 +261,7 @@ class TestMeasure:
 
     @pytest.mark.parametrize(
         "change",
-        [{"batch": 3}, {"q_len": 91}, {"kv_len": 91}, {"heads": 2}, {"dtype": "bfloat16"}, {"is_causal": True}],
+        [{"batch": 3}, {"q_len": 91}, {"kv_len": 91}, {"heads": 2}, {"dtype": "bfloat16"}, {"mask": CAUSAL}],
     )
     def test_holds_for_the_same_shape_alone(self, races, change):
         machine().measure(SITE, unpredicted(ACCURATE))

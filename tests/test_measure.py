@@ -63,13 +63,14 @@ def inputs(tokens=300):
 
 def by_hand(provider, format, q, k, v, *, scale=None, is_causal=False):
     """Error and share of exact rows of a call of the op."""
-    how = {"scale": scale, "is_causal": is_causal, "format": format, "provider": provider, "tokens_first": False}
+    ahead = 0 if is_causal else None
+    how = {"scale": scale, "ahead": ahead, "format": format, "provider": provider, "tokens_first": False}
     if provider == "cpu":
         cpu.exact_rows()
     error = relative_error(attention(q, k, v, **how), exact_attention(q, k, v, scale, is_causal))
     if provider == "cpu":
         return error, cpu.exact_rows() / q[..., 0].numel()
-    rows = reference.exact_rows(q, k, v, scale=scale or q.shape[-1] ** -0.5, is_causal=is_causal, format=format)
+    rows = reference.exact_rows(q, k, v, scale=scale or q.shape[-1] ** -0.5, ahead=ahead, format=format)
     return error, float(rows.float().mean())
 
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 
 from sagecompile import explain
 from sagecompile.decide import Keep, Use
+from sagecompile.mask import CAUSAL
 from sagecompile.passes import find
 from sagecompile.report import Entry, Report, record, recording
 from sagecompile.site import AttentionSite
 
 
 def entry(name, decision):
-    site = AttentionSite(name, "model.py:7", "sdpa", 2, 16, 4, 512, 1024, 64, 64, "bfloat16", "cpu", is_causal=True)
+    site = AttentionSite(name, "model.py:7", "sdpa", 2, 16, 4, 512, 1024, 64, 64, "bfloat16", "cpu", mask=CAUSAL)
     return Entry(site, decision)
 
 

@@ -49,7 +49,7 @@ def predicted_speed(report: Report, model_us: float, batch: int, tokens: int) ->
         {
             "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
             "ours": lambda: attention(
-                q, k, v, scale=None, is_causal=False, format=use.format, provider=use.provider, tokens_first=True
+                q, k, v, scale=None, ahead=None, format=use.format, provider=use.provider, tokens_first=True
             ),
         },
         "cpu",

@@ -253,7 +253,7 @@ def _by_inductor(device: torch.device) -> dict[str, float]:
 def _family(site: AttentionSite) -> Family:
     from sagecompile.cost.profile import Family
 
-    return Family(site.dtype, site.head_dim, site.is_causal)
+    return Family(site.dtype, site.head_dim, site.mask.is_causal)
 
 
 def render(profile: dict[str, Any]) -> str:

@@ -178,8 +178,10 @@ def _counts(site: AttentionSite, measured: Sequence[int]) -> list[int]:
 
 def families_of(site: AttentionSite) -> list[Family]:
     """Whose times may be those of the site, the best first. On a GPU the two dtypes of 16 bits take as long."""
+    if not site.mask.is_plain:
+        return []
     alike = [site.dtype, *(["bfloat16"] if (site.device_type, site.dtype) == ("cuda", "float16") else [])]
-    return [Family(dtype, site.head_dim, site.is_causal) for dtype in alike]
+    return [Family(dtype, site.head_dim, site.mask.is_causal) for dtype in alike]
 
 
 def against(us: tuple[float, float]) -> str:

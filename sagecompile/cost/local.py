@@ -217,8 +217,8 @@ class Local:
 
     def key(self, site: AttentionSite) -> dict[str, Any]:
         """What a measurement of such a site is kept under."""
-        names = "batch heads kv_heads q_len kv_len head_dim dtype is_causal".split()
-        found = dict(self.machine) | {name: getattr(site, name) for name in names}
+        names = "batch heads kv_heads q_len kv_len head_dim dtype".split()
+        found = dict(self.machine) | {name: getattr(site, name) for name in names} | {"mask": str(site.mask)}
         if site.prologues and site.device_type in fusing_devices(may_win=True):
             found["prologues"] = [made._asdict() for made in site.prologues]
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
@@ -264,7 +264,7 @@ def _read(found: Mapping[str, Any]) -> dict[Alternative, Raced]:
 
 
 def _has_fixed_sizes(site: AttentionSite) -> bool:
-    sizes = (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len, site.head_dim)
+    sizes = (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len, site.head_dim, site.mask.ahead or 0)
     return all(isinstance(size, int) for size in sizes)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sagecompile.formats import fuses
+from sagecompile.mask import CAUSAL
 from sagecompile.site import AttentionSite, Prologue
 
 from . import Alternative
@@ -90,6 +91,10 @@ def _contestants(
     q_prologue, k_prologue = site.prologues if site.prologues and fusing else (Prologue(), Prologue())
     fused = _fused_arguments(site, q_prologue, k_prologue, generator) if fusing else {}
 
+    mask = None  # what SDPA takes for a causal one that is not its own
+    if site.mask.ahead:
+        mask = torch.ones(site.q_len, site.kv_len, dtype=torch.bool, device=site.device).tril(site.mask.ahead)
+
     def made() -> tuple[torch.Tensor, torch.Tensor]:
         return q if q_prologue == Prologue() else q.clone(), k if k_prologue == Prologue() else k.clone()
 
@@ -97,11 +102,11 @@ def _contestants(
         (their_q, their_k), their_v = made(), v
         if repeated:
             their_k, their_v = repeated
-        how = {"is_causal": site.is_causal, "scale": scale, "enable_gqa": group > repeats}
+        how = {"attn_mask": mask, "is_causal": site.mask == CAUSAL, "scale": scale, "enable_gqa": group > repeats}
         return F.scaled_dot_product_attention(their_q, their_k, their_v, **how)
 
     def ours(format: str, provider: str) -> torch.Tensor:
-        how = {"scale": scale, "is_causal": site.is_causal, "tokens_first": True}
+        how = {"scale": scale, "ahead": site.mask.ahead, "tokens_first": True}
         how |= {"format": format, "provider": provider}
         if (format, provider) in fusing:
             return ops.qk_norm_rope_attention(q, k, v, **fused, **how)  # type: ignore[no-any-return]

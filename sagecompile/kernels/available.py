@@ -105,7 +105,7 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
         return f"head_dim {site.head_dim}: needs at most {FORMATS[format].max_head_dim}"
     padded = min(d for d in FORMATS[format].native_head_dims if d >= site.head_dim)
     prologues = site.prologues if site.prologues and fuses((format, provider), site.head_dim) else None
-    return _tried(provider, format, site.device, padded, site.dtype, site.is_causal, prologues)
+    return _tried(provider, format, site.device, padded, site.dtype, site.mask.is_causal, prologues)
 
 
 def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]:
@@ -151,7 +151,7 @@ def _sageattention_limit(site: AttentionSite, format: str, cuda_graphs: bool) ->
         site.kv_len,
         site.heads,
         site.kv_heads,
-        site.is_causal,
+        site.mask.is_causal,
         site.dtype,
         capability,
         cuda_graphs,

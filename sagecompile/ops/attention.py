@@ -6,8 +6,8 @@ own device, asks the device nothing and waits for nothing, so that it can be cap
 backward: where a tensor requires a gradient a call raises UnsupportedError, and torch warns of a graph that has such a
 call; torch.func's transforms see none.
 `qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
-kernels/prologue.py says. `attention_into` writes a tensor that there is, whose elements must not share memory, and its
-queries may be the last of the tokens: query i sees the keys j <= i + causal_offset where causal.
+kernels/prologue.py says. `attention_into` writes a tensor that there is, whose elements must not share memory.
+Query i sees the keys j <= i + ahead, if that is a number: 0 is SDPA's `is_causal`. With None it sees all.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sagecompile.kernels.prologue import ROPES, Prologue
 
 from . import reference
 
-_HOW = "float? scale, bool is_causal, str format, str provider, bool tokens_first"
+_HOW = "float? scale, SymInt? ahead, str format, str provider, bool tokens_first"
 SCHEMAS = {
     "attention": f"(Tensor q, Tensor k, Tensor v, *, {_HOW}) -> Tensor",
     "qk_norm_rope_attention": "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
     f"Tensor? sin, *, float? q_eps, float? k_eps, str q_rope, str k_rope, {_HOW}) -> Tensor",
-    "attention_into": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, float scale, bool is_causal, str format, "
-    "str provider, int causal_offset) -> ()",
+    "attention_into": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, float scale, SymInt? ahead, str format, "
+    "str provider) -> ()",
 }
 library = torch.library.Library("sagecompile", "DEF")
 IN_PYTHON = "_in_python"
@@ -129,7 +129,7 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float | None,
-    is_causal: bool,
+    ahead: int | None,
     format: str,
     provider: str,
     tokens_first: bool,
@@ -140,17 +140,31 @@ def _attend(
     scale = scale if scale is not None else 1 / math.sqrt(max(1, q.shape[3]))
     if q.numel() == 0:
         return out
+    _check_ahead(ahead, provider)
     if k.shape[2] == 0:
         return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
-    _launch(provider, q, k, v, out, scale=scale, is_causal=is_causal, format=format, **prologues)
+    _launch(provider, q, k, v, out, ahead, scale=scale, format=format, **prologues)
     return out
 
 
-def _launch(provider: str, q: torch.Tensor, *tensors: torch.Tensor, **how: Any) -> None:
+def _check_ahead(ahead: int | None, provider: str) -> None:
+    """Raise UnsupportedError where a query would see no key, or where the provider has no offset."""
+    if ahead is not None and ahead < 0:
+        raise UnsupportedError(f"ahead {ahead}: needs 0 or more, or None")
+    if ahead and not PROVIDERS[provider].causal_offset:
+        raise UnsupportedError(f"ahead {ahead}: {provider} needs 0 or None")
+
+
+def _launch(
+    provider: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, ahead: int | None, **how: Any
+) -> None:
     """Without autocast, which would round the exact INT8 products of the reference; turning it off takes time, too."""
+    how["is_causal"] = ahead is not None
+    if ahead:
+        how["causal_offset"] = ahead
     autocast = torch.is_autocast_enabled(q.device.type)
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        launcher(provider)(q, *tensors, **how)
+        launcher(provider)(q, k, v, out, **how)
 
 
 @torch.library.impl(library, "attention", "CompositeExplicitAutograd")
@@ -161,14 +175,14 @@ def _attention(
     v: torch.Tensor,
     *,
     scale: float | None,
-    is_causal: bool,
+    ahead: int | None,
     format: str,
     provider: str,
     tokens_first: bool,
 ) -> torch.Tensor:
     _check_gradients(q, k, v)
     _check(q, k, v, format, provider)
-    return _attend(q, k, v, scale, is_causal, format, provider, tokens_first)
+    return _attend(q, k, v, scale, ahead, format, provider, tokens_first)
 
 
 @torch.library.impl(library, "attention_into", "CompositeExplicitAutograd")
@@ -180,10 +194,9 @@ def _attention_into(
     out: torch.Tensor,
     *,
     scale: float,
-    is_causal: bool,
+    ahead: int | None,
     format: str,
     provider: str,
-    causal_offset: int,
 ) -> None:
     _check_gradients(q, k, v, out)
     _check(q, k, v, format, provider)
@@ -191,16 +204,14 @@ def _attention_into(
         raise UnsupportedError(
             f"out {tuple(out.shape)} {out.dtype} on {out.device}: needs q's, {tuple(q.shape)} {q.dtype} on {q.device}"
         )
-    if causal_offset < 0 or k.shape[2] == 0:
-        raise UnsupportedError(f"causal_offset {causal_offset}, {k.shape[2]} keys: needs 0 or more, and some")
-    if causal_offset and not PROVIDERS[provider].causal_offset:
-        raise UnsupportedError(f"causal_offset {causal_offset}: {provider} has none")
+    if k.shape[2] == 0:
+        raise UnsupportedError("0 keys: needs some")
+    _check_ahead(ahead, provider)
     if q.numel() == 0:
         return
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # for whoever saved it for a gradient
-    offset = {"causal_offset": causal_offset} if causal_offset else {}
-    _launch(provider, q, k, v, out, scale=scale, is_causal=is_causal, format=format, **offset)
+    _launch(provider, q, k, v, out, ahead, scale=scale, format=format)
 
 
 @torch.library.impl(library, "qk_norm_rope_attention", "CompositeExplicitAutograd")
@@ -219,7 +230,7 @@ def _qk_norm_rope_attention(
     q_rope: str,
     k_rope: str,
     scale: float | None,
-    is_causal: bool,
+    ahead: int | None,
     format: str,
     provider: str,
     tokens_first: bool,
@@ -237,7 +248,7 @@ def _qk_norm_rope_attention(
         prologue = Prologue(eps, weight, rope, **tables)
         _check_prologue(x, name, prologue)
         prologues[f"{name}_prologue"] = None if eps is None and rope == "none" else prologue
-    return _attend(q, k, v, scale, is_causal, format, provider, tokens_first, **prologues)
+    return _attend(q, k, v, scale, ahead, format, provider, tokens_first, **prologues)
 
 
 def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tensor:

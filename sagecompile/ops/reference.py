@@ -50,12 +50,12 @@ def attention(
 
 
 def exact_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, is_causal: bool, format: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, ahead: int | None, format: str
 ) -> torch.Tensor:
     """Which rows `attention` computes exactly: (B, H, Nq)."""
-    if is_causal:
-        k, v = (x[:, :, : q.shape[2]] for x in (k, v))
-    return _quantized(q, k, v, scale, is_causal, format, causal_offset=0)[1]
+    if ahead is not None:
+        k, v = (x[:, :, : q.shape[2] + ahead] for x in (k, v))
+    return _quantized(q, k, v, scale, ahead is not None, format, ahead or 0)[1]
 
 
 def _quantized(

@@ -73,8 +73,8 @@ def _attend(
         key, value = (_gathered(x, block_table[part.row], part.kv_len) for x in pages(layer, kv_cache))
     q, k, v, out = (x.transpose(0, 1)[None] for x in (query[tokens], key, value, output[tokens]))
     ops.attention_into.default(
-        q, k, v, out, scale=layer.impl.scale, is_causal=is_causal, format=part.use.format,
-        provider=part.use.provider, causal_offset=part.kv_len - part.q_len if is_causal else 0,
+        q, k, v, out, scale=layer.impl.scale, ahead=part.kv_len - part.q_len if is_causal else None,
+        format=part.use.format, provider=part.use.provider,
     )  # fmt: skip
     count(layer.layer_name, part.q_len)
 

@@ -53,7 +53,7 @@ def chooser(site: AttentionSite, ours: Settings) -> Choose:
         length = square(q_len, kv_len)
 
         def able(site: AttentionSite, format: str, provider: str) -> str | None:
-            if kv_len != q_len and site.is_causal and not PROVIDERS[provider].causal_offset:
+            if kv_len != q_len and site.mask.is_causal and not PROVIDERS[provider].causal_offset:
                 return f"{kv_len - q_len} cached tokens: {provider} has no causal offset"
             return can_run(site, format, provider)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sagecompile.mask import ALL, CAUSAL
 from sagecompile.site import AttentionSite
 
-KINDS = {"decoder": True, "encoder_only": False}
-"""vLLM's types of attention that we do, and whether each is causal."""
+KINDS = {"decoder": CAUSAL, "encoder_only": ALL}
+"""vLLM's types of attention that we do, and the mask of a whole request."""
 
 PLAIN = ("Attention", "EncoderOnlyAttention")
 """vLLM's classes of layers that are attention and nothing else; MLA, cross-attention and others have their own."""
@@ -33,7 +34,7 @@ def site_of(layer: Any, device: str) -> AttentionSite:
         value_dim=getattr(layer, "head_size_v", head_dim),
         dtype=str(getattr(layer, "dtype", "?")).removeprefix("torch."),
         device=device,
-        is_causal=KINDS.get(getattr(layer, "attn_type", "decoder"), False),
+        mask=KINDS.get(getattr(layer, "attn_type", "decoder"), ALL),
         scale=getattr(layer.impl, "scale", None),
         obstacle=_obstacle(layer),
     )

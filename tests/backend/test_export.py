@@ -80,7 +80,7 @@ def test_names_are_those_of_the_model() -> None:
 def test_aotinductor_takes_our_op_and_none_of_our_options(tmp_path) -> None:  # type: ignore[no-untyped-def]
     class Attend(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            how = {"scale": None, "is_causal": True, "format": "qk_int8_pv_fp16", "tokens_first": False}
+            how = {"scale": None, "ahead": 0, "format": "qk_int8_pv_fp16", "tokens_first": False}
             return torch.ops.sagecompile.attention(q, k, v, provider="reference", **how)
 
     inputs = tuple(torch.randn(1, 2, 20, 64) for _ in range(3))

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
     build.why_not() is not None, reason=f"the CPU kernel cannot run here: {build.why_not()}"
 )
 
-HOW = {"scale": None, "is_causal": False, "format": "qk_int8_pv_fp16", "provider": "cpu", "tokens_first": True}
-INTO = {"scale": 0.125, "is_causal": True, "format": "qk_int8_pv_fp16", "provider": "cpu", "causal_offset": 0}
+HOW = {"scale": None, "ahead": None, "format": "qk_int8_pv_fp16", "provider": "cpu", "tokens_first": True}
+INTO = {"scale": 0.125, "ahead": 0, "format": "qk_int8_pv_fp16", "provider": "cpu"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,8 @@ def inputs(q_len: int = 70, kv_len: int = 90, heads: int = 4, kv_heads: int = 2,
 CALLS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "as it is": ({}, {}),
     "one query": ({"q_len": 1}, {}),
-    "causal": ({}, {"is_causal": True}),
+    "causal": ({}, {"ahead": 0}),
+    "causal behind a context": ({}, {"ahead": 20}),
     "a scale": ({}, {"scale": 0.3}),
     "heads first": ({}, {"tokens_first": False}),
     "no groups": ({"kv_heads": 4}, {}),
@@ -87,8 +88,8 @@ def test_heads_that_eight_bits_cannot_hold() -> None:
 def test_into_a_tensor_that_is_there() -> None:
     q, k, v = inputs()
     found, expected = torch.zeros(2, 100, 4, 64).transpose(1, 2), torch.zeros(2, 4, 70, 64)
-    names, _ = called(ops.attention_into, q, k, v, found[:, :, 10:80], **(INTO | {"causal_offset": 20}))
-    torch.ops.sagecompile.attention_into_in_python(q, k, v, expected, **(INTO | {"causal_offset": 20}))
+    names, _ = called(ops.attention_into, q, k, v, found[:, :, 10:80], **(INTO | {"ahead": 20}))
+    torch.ops.sagecompile.attention_into_in_python(q, k, v, expected, **(INTO | {"ahead": 20}))
     assert names == [] and torch.equal(found[:, :, 10:80], expected)
     assert not found[:, :, :10].any() and not found[:, :, 80:].any()
 
@@ -123,8 +124,8 @@ def test_an_output_that_does_not_fit_is_refused() -> None:
     for wrong in (torch.empty(2, 4, 71, 64), torch.empty(2, 4, 70, 64, dtype=torch.float16)):
         with pytest.raises(UnsupportedError, match="needs q's"):
             ops.attention_into(q, k, v, wrong, **INTO)
-    with pytest.raises(UnsupportedError, match="causal_offset -1"):
-        ops.attention_into(q, k, v, torch.empty_like(q), **(INTO | {"causal_offset": -1}))
+    with pytest.raises(UnsupportedError, match="ahead -1"):
+        ops.attention_into(q, k, v, torch.empty_like(q), **(INTO | {"ahead": -1}))
 
 
 @pytest.mark.parametrize("provider", ["cpu", "reference"])

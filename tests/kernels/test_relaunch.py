@@ -104,7 +104,7 @@ def fresh(request: pytest.FixtureRequest) -> None:
         found.driver.launches, found.driver.context, found.driver.result = [], 1, 0
 
 
-HOW = {"scale": 0.125, "is_causal": False, "format": "qk_int8_pv_fp8", "provider": "hopper", "tokens_first": True}
+HOW = {"scale": 0.125, "ahead": None, "format": "qk_int8_pv_fp8", "provider": "hopper", "tokens_first": True}
 
 
 def tensors(seed: int = 0, length: int = 8, **how: Any) -> list[torch.Tensor]:
@@ -145,13 +145,13 @@ def test_optional_tensors_and_a_plan_that_python_forgot(ops):
 
 def test_a_tensor_that_is_there_is_written(ops):
     q, k, v = tensors()
-    how = {name: value for name, value in HOW.items() if name != "tokens_first"}
+    how = {name: value for name, value in HOW.items() if name not in ("tokens_first", "ahead")}
     into = getattr(torch.ops, OPS).attention_into
     for out in (torch.empty_like(q), torch.empty_like(q)):
-        assert into(q, k, v, out, **how, causal_offset=3) is None
+        assert into(q, k, v, out, **how, ahead=3) is None
     assert ops.calls == 1
     assert struct.unpack("PPP", ops.driver.launches[1][2][2]) == (q.data_ptr(), 0, out.data_ptr())
-    into(q, k, v, out, **how, causal_offset=4)
+    into(q, k, v, out, **how, ahead=4)
     assert ops.calls == 2
 
 
@@ -162,7 +162,7 @@ UNLIKE: dict[str, Callable[[], torch.Tensor]] = {
     "alignment": lambda: attention(torch.randn(2 * 3 * 8 * 16 + 1)[1:].view(2, 3, 8, 16), *tensors()[1:]),
     "scale": lambda: attention(*tensors(), scale=0.25),
     "no scale": lambda: attention(*tensors(), scale=None),
-    "causal": lambda: attention(*tensors(), is_causal=True),
+    "causal": lambda: attention(*tensors(), ahead=0),
     "format": lambda: attention(*tensors(), format="qk_int8_pv_fp16"),
     "a longer name": lambda: attention(*tensors(), provider="hopper, and more than eight letters"),
     "no name": lambda: attention(*tensors(), provider=""),
@@ -312,7 +312,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("is_causal", [False, True])
     @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
     def test_the_same_numbers(self, format, is_causal, head_dim):
-        how, ours = HOW | {"format": format, "is_causal": is_causal}, torch.ops.sagecompile
+        how, ours = HOW | {"format": format, "ahead": 0 if is_causal else None}, torch.ops.sagecompile
         for seed in (1, 2, 3):
             inputs = self.inputs(seed, head_dim=head_dim)
             by_python, found = self.called(ours.attention, *inputs, **how)
@@ -339,7 +339,7 @@ class TestOnGpu:
         for seed in (1, 2, 3):
             q, k, v = self.inputs(seed, 611)
             out, expected = (torch.full_like(q[:, :, 200:], float("nan")) for _ in range(2))
-            given = {**how, "is_causal": True, "causal_offset": 200}
+            given = {**how, "ahead": 200}
             by_python, _ = self.called(ours.attention_into, q[:, :, 200:], k, v, out, **given)
             assert by_python == (seed == 1)
             ours.attention_into_in_python(q[:, :, 200:], k, v, expected, **given)
@@ -359,7 +359,7 @@ class TestOnGpu:
     def test_rows_that_need_exact_ones_behind_norm_and_rope(self, aligned):
         """Tables that are not aligned must be copied, which is Python's."""
         op, how = torch.ops.sagecompile.qk_norm_rope_attention, {"q_eps": 1e-6, "k_eps": 1e-6}
-        how |= HOW | {"q_rope": "half", "k_rope": "half", "is_causal": True}
+        how |= HOW | {"q_rope": "half", "k_rope": "half", "ahead": 0}
         for seed in (1, 2, 3):
             q, k, v = self.inputs(seed, 444)
             q[1, 2, 100 * seed] *= 3000

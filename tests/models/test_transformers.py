@@ -91,7 +91,7 @@ def test_kv_heads_are_not_repeated(implementation, device):
 def test_causal_and_cross_attention_of_one_model(implementation, device):
     model = zoo.build("whisper", implementation).to(device)
     report, _ = run(model, on(device, FAMILIES["whisper"].inputs(2, SHORTER)))
-    shapes = [(entry.site.is_causal, entry.site.q_len, entry.site.kv_len) for entry in report.used]
+    shapes = [(entry.site.mask.is_causal, entry.site.q_len, entry.site.kv_len) for entry in report.used]
     self_attention, cross_attention = (True, SHORTER, SHORTER), (False, SHORTER, LENGTH)
     assert shapes == [(False, LENGTH, LENGTH)] * 2 + [self_attention, cross_attention] * 2
 

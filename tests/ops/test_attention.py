@@ -42,7 +42,8 @@ def inputs(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, format: str = FORMATS[0], **how: Any) -> Tensor:
-    how = {"scale": None, "is_causal": False, "tokens_first": False, **how}
+    how["ahead"] = 0 if how.pop("is_causal", False) else None
+    how = {"scale": None, "tokens_first": False, **how}
     return attention(q, k, v, format=format, provider="reference", **how)  # type: ignore[no-any-return]
 
 
@@ -204,7 +205,7 @@ def test_opcheck(shape: tuple[int, ...], transposed: bool, tokens_first: bool) -
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     how = {
         "scale": None,
-        "is_causal": True,
+        "ahead": 0,
         "format": FORMATS[0],
         "provider": "reference",
         "tokens_first": tokens_first,
@@ -212,7 +213,7 @@ def test_opcheck(shape: tuple[int, ...], transposed: bool, tokens_first: bool) -
     torch.library.opcheck(attention.default, (q, k, v), how)
 
 
-INTO: dict[str, Any] = {"scale": 0.125, "is_causal": True, "format": FORMATS[0], "provider": "reference"}
+INTO: dict[str, Any] = {"scale": 0.125, "format": FORMATS[0], "provider": "reference"}
 
 
 def test_into_a_tensor_that_is_there() -> None:
@@ -220,27 +221,27 @@ def test_into_a_tensor_that_is_there() -> None:
     q, k, v = inputs(kv_len=63)
     expected = exact_attention(q, k, v, is_causal=True, scale=0.125)[:, :, 40:]
     whole = torch.full((1, 2, 30, 64), 7.0)
-    attention_into(q[:, :, 40:], k, v, whole[:, :, 3:26], **INTO, causal_offset=40)
+    attention_into(q[:, :, 40:], k, v, whole[:, :, 3:26], **INTO, ahead=40)
     assert relative_error(whole[:, :, 3:26], expected) <= TOLERANCE[FORMATS[0]]
     assert (whole[:, :, :3] == 7).all() and (whole[:, :, 26:] == 7).all()
 
 
 def test_opcheck_of_into() -> None:
     q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
-    torch.library.opcheck(attention_into.default, (q, k, v, torch.empty_like(q)), INTO | {"causal_offset": 0})
+    torch.library.opcheck(attention_into.default, (q, k, v, torch.empty_like(q)), INTO | {"ahead": 0})
 
 
 def test_into_says_what_it_needs() -> None:
     q, k, v = inputs(9, 9)
-    with pytest.raises(UnsupportedError, match="causal_offset 3: triton has none"):
-        attention_into(q, k, v, torch.empty_like(q), **(INTO | {"provider": "triton"}), causal_offset=3)
+    with pytest.raises(UnsupportedError, match="ahead 3: triton needs 0 or None"):
+        attention_into(q, k, v, torch.empty_like(q), **(INTO | {"provider": "triton"}), ahead=3)
     for wrong in (torch.empty(1, 2, 8, 64), torch.empty_like(q).half()):
         with pytest.raises(UnsupportedError, match="needs q's"):
-            attention_into(q, k, v, wrong, **INTO, causal_offset=0)
-    with pytest.raises(UnsupportedError, match="causal_offset -1"):
-        attention_into(q, k, v, torch.empty_like(q), **INTO, causal_offset=-1)
+            attention_into(q, k, v, wrong, **INTO, ahead=0)
+    with pytest.raises(UnsupportedError, match="ahead -1"):
+        attention_into(q, k, v, torch.empty_like(q), **INTO, ahead=-1)
     with pytest.raises(UnsupportedError, match="no backward"):
-        attention_into(q.requires_grad_(), k, v, torch.empty_like(q), **INTO, causal_offset=0)
+        attention_into(q.requires_grad_(), k, v, torch.empty_like(q), **INTO, ahead=0)
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])
@@ -281,7 +282,7 @@ def test_a_wrong_direct_call_says_what_is_needed(name: str) -> None:
     how, make, message = BAD[name]
     arguments = {
         "scale": None,
-        "is_causal": False,
+        "ahead": None,
         "format": FORMATS[0],
         "provider": "reference",
         "tokens_first": False,

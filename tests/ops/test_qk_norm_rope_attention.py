@@ -35,7 +35,7 @@ def tables(length: int = N, batch: int = 1, dim: int = D) -> list[Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *given: Tensor | None, **how: Any) -> Tensor:
     """`given`: q_weight, k_weight, cos, sin, as far as there are."""
-    defaults = {"q_eps": None, "k_eps": None, "q_rope": "none", "k_rope": "none", "scale": None, "is_causal": False}
+    defaults = {"q_eps": None, "k_eps": None, "q_rope": "none", "k_rope": "none", "scale": None, "ahead": None}
     defaults |= {"format": "qk_int8_pv_fp16", "provider": "reference", "tokens_first": False}
     padded = [*given, *[None] * (4 - len(given))]
     return qk_norm_rope_attention(q, k, v, *padded, **{**defaults, **how})  # type: ignore[no-any-return]
@@ -78,7 +78,7 @@ def test_one_of_q_and_k_alone(which: str) -> None:
     q, k, v = qkv(40, 63)
     w, (cos, sin) = weights()[0], tables(40 if which == "q" else 63)
     given = (w, None, cos, sin) if which == "q" else (None, w, cos, sin)
-    out = attend(q, k, v, *given, is_causal=True, **{f"{which}_eps": 1e-6, f"{which}_rope": "half"})
+    out = attend(q, k, v, *given, ahead=0, **{f"{which}_eps": 1e-6, f"{which}_rope": "half"})
     made = roped(normed(q if which == "q" else k, w, 1e-6), "half", cos, sin)
     expected = exact_attention(made if which == "q" else q, made if which == "k" else k, v, is_causal=True)
     assert relative_error(out, expected) < 1e-5
@@ -97,7 +97,7 @@ def test_quantized(dtype: torch.dtype, format: str) -> None:
 
 def test_without_norm_and_rope_it_is_the_plain_op() -> None:
     q, k, v = qkv()
-    how = {"scale": None, "is_causal": True, "format": FAST, "provider": "reference", "tokens_first": True}
+    how = {"scale": None, "ahead": 0, "format": FAST, "provider": "reference", "tokens_first": True}
     assert torch.equal(attend(q, k, v, **how), attention(q, k, v, **how))
 
 
@@ -124,7 +124,7 @@ def test_empty(q_len: int, kv_len: int) -> None:
 @pytest.mark.parametrize("given", ["all", "rope of q", "norm of k"])
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_opcheck(given: str, tokens_first: bool) -> None:
-    how: dict[str, Any] = {"scale": None, "is_causal": True, "format": FAST, "provider": "reference"}
+    how: dict[str, Any] = {"scale": None, "ahead": 0, "format": FAST, "provider": "reference"}
     how |= {"q_eps": None, "k_eps": None, "q_rope": "none", "k_rope": "none", "tokens_first": tokens_first}
     extra: list[Tensor | None] = [None] * 4
     if given == "all":

@@ -1,12 +1,21 @@
 """Masks that the graph itself computes: causal ones are recognised, whatever they are made of; nothing else is."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import ACCURATE, TOLERANCE, Rewriter, assert_kept, assert_used, relative_error, rewritten
 from torch import Tensor
+
+from sagecompile import report
+from sagecompile.decide import decide
+from sagecompile.mask import Mask
+from sagecompile.report import Report
+from sagecompile.settings import Settings
+from sagecompile.site import Device
 
 N, INF = 24, float("-inf")
 LOWEST = torch.finfo(torch.float32).min
@@ -47,7 +56,7 @@ CAUSAL = {
 @pytest.mark.parametrize("name", CAUSAL)
 def test_recognised_as_causal(name: str) -> None:
     backend = assert_used(attend(CAUSAL[name]), *qkv())
-    assert backend.report.used[0].site.is_causal
+    assert backend.report.used[0].site.mask.is_causal
     assert "scaled_dot_product_attention" not in backend.targets
 
 
@@ -66,7 +75,7 @@ NOTHING_MASKED = {
 @pytest.mark.parametrize("name", NOTHING_MASKED)
 def test_recognised_as_masking_nothing(name: str) -> None:
     backend = assert_used(attend(NOTHING_MASKED[name]), *qkv())
-    assert not backend.report.used[0].site.is_causal
+    assert not backend.report.used[0].site.mask.is_causal
 
 
 def changed_through_a_view(m: int, n: int) -> Tensor:
@@ -87,7 +96,6 @@ LOOKALIKES = {
         (torch.arange(m)[:, None] >= torch.arange(n)) & (torch.arange(m)[:, None] - torch.arange(n) < 4)
     ),
     "diagonal hidden too": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(-1) | torch.eye(m, n).bool(),
-    "one diagonal more": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(1),
     "one diagonal less": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(-1),
     "anti-causal": lambda m, n: torch.ones(m, n, dtype=torch.bool).triu(),
     "prefix": lambda m, n: torch.ones(m, n, dtype=torch.bool).tril() | (torch.arange(n) < 5),
@@ -114,11 +122,56 @@ def test_a_mask_that_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPat
     assert_kept(attend(fill_in_place), *qkv(), because="mask float32 (24, 24)")
 
 
-def test_bottom_right_alignment_is_not_top_left() -> None:
-    bottom_right = attend(lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(n - m))
-    assert_kept(
-        bottom_right, *qkv(8, 24), because="mask bool (8, 24): needs none, or one that the graph shows to be causal"
-    )
+BEHIND = {
+    "aligned to the end": (16, lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(n - m)),
+    "one diagonal more": (1, lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(1)),
+    "positions": (5, lambda m, n: torch.arange(n)[None] <= torch.arange(m)[:, None] + 5),
+    "Llama's": (16, lambda m, n: torch.hstack([torch.zeros(m, n - m), torch.full((m, m), INF).triu(1)])),
+}
+
+
+@pytest.mark.parametrize("spelled", ["sdpa", "unfused"])
+@pytest.mark.parametrize("name", BEHIND)
+def test_causal_behind_a_context(name: str, spelled: str) -> None:
+    ahead, make = BEHIND[name]
+
+    def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask, scores = make(q.shape[2], k.shape[2]), q @ k.mT / 4
+        scores = scores.masked_fill(~mask, INF) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1) @ v
+
+    backend = assert_used(attend(make) if spelled == "sdpa" else unfused, *qkv(8, 24))
+    assert backend.report.used[0].site.mask == Mask(ahead)
+    assert str(backend.report).splitlines()[1].split("float32")[1].strip().startswith(f"causal + {ahead} ")
+
+
+@pytest.mark.parametrize("compile", ["rewritten", "Inductor"])
+def test_a_chunk_behind_any_context(compile: str) -> None:
+    """Lengths are symbols, and so is how far ahead a query sees: one graph, right at every length."""
+
+    def chunk(q: Tensor, k: Tensor, v: Tensor, cached: tuple[Tensor, Tensor]) -> Tensor:
+        k, v = (torch.cat(pair, 2) for pair in zip(cached, (k, v), strict=True))
+        rows = torch.arange(q.shape[2])[:, None] + cached[0].shape[2]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.arange(k.shape[2])[None] <= rows)
+
+    backend: Any = Rewriter() if compile == "rewritten" else "sage_inductor"
+    options = {} if compile == "rewritten" else {"options": {"sage.policy": "always"}}
+    compiled = torch.compile(chunk, backend=backend, dynamic=True, **options)
+    with report.recording() as reports:
+        for tokens, context in ((9, 50), (30, 7), (12, 200)):
+            cached = torch.randn(2, 2, 2, context, 16).unbind(0)
+            q, k, v = qkv(tokens, tokens)
+            actual, expected = compiled(q, k, v, cached), chunk(q, k, v, cached)
+            assert relative_error(actual, expected) <= TOLERANCE[ACCURATE]
+    done = backend.report if compile == "rewritten" else sum(reports, Report())
+    assert (len(done.used), len(done.kept)) == (1, 0) and not isinstance(done.used[0].site.mask.ahead, int)
+
+
+def test_a_provider_without_an_offset_is_not_asked() -> None:
+    site = replace(rewritten(attend(BEHIND["positions"][1]), *qkv())[1].report.used[0].site, device="cuda:0")
+    device = Device("cuda", "NVIDIA A100", (8, 0))
+    kept = decide(site, device, Settings(policy="always"), lambda *_: None)
+    assert "mask causal + 5: triton needs none or causal" in kept.reason
 
 
 def test_causal_for_part_of_the_batch_only() -> None:
@@ -151,12 +204,12 @@ def test_symbolic_lengths(name: str) -> None:
     if name == "a window wider than the sequence":  # not than every sequence
         assert_kept(attend(CAUSAL[name]), *qkv(), because="mask bool (s", dynamic=True)
     else:
-        assert assert_used(attend(CAUSAL[name]), *qkv(), dynamic=True).report.used[0].site.is_causal
+        assert assert_used(attend(CAUSAL[name]), *qkv(), dynamic=True).report.used[0].site.mask.is_causal
 
 
 @pytest.mark.parametrize("name", NOTHING_MASKED)
 def test_symbolic_lengths_and_nothing_masked(name: str) -> None:
-    assert not assert_used(attend(NOTHING_MASKED[name]), *qkv(), dynamic=True).report.used[0].site.is_causal
+    assert not assert_used(attend(NOTHING_MASKED[name]), *qkv(), dynamic=True).report.used[0].site.mask.is_causal
 
 
 @pytest.mark.parametrize("name", [*LOOKALIKES, *WITHOUT_A_FORMULA])
@@ -179,7 +232,7 @@ def test_a_change_of_the_scores_does_not_hide_the_mask() -> None:
         scores += torch.full((N, N), INF).triu(1)
         return scores.softmax(-1) @ v
 
-    assert assert_used(eager, *qkv()).report.used[0].site.is_causal
+    assert assert_used(eager, *qkv()).report.used[0].site.mask.is_causal
 
 
 def test_forty_layers_compute_their_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_dropout_in_training() -> None:
 
 def test_a_causal_hint_is_believed_where_pytorch_believes_it() -> None:
     module = Output(mha(batch_first=True), attn_mask=CAUSAL, is_causal=True, need_weights=False)
-    assert assert_used(module, x()).report.used[0].site.is_causal
+    assert assert_used(module, x()).report.used[0].site.mask.is_causal
 
 
 def test_a_causal_hint_is_not_believed_where_pytorch_reads_the_mask() -> None:
@@ -116,7 +116,7 @@ def test_a_causal_mask_made_in_the_graph() -> None:
         mask = torch.ones(N, N, dtype=torch.bool).triu(1)  # True: masked
         return module(q, q, q, attn_mask=mask, need_weights=False)[0]
 
-    assert assert_used(causal, x()).report.used[0].site.is_causal
+    assert assert_used(causal, x()).report.used[0].site.mask.is_causal
 
 
 def encoder_layer(**how: Any) -> nn.TransformerEncoderLayer:
@@ -159,6 +159,24 @@ def test_encoder_layer_with_a_causal_mask_as_input(how: dict[str, Any]) -> None:
     assert relative_error(out, layer(q, src_mask=CAUSAL, **how)) < 1e-6
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_with_a_causal_mask_made_in_the_graph(norm_first: bool) -> None:
+    """As PyTorch's documentation has it; its fast path takes what is not 0 in a mask of floats for masked."""
+    encoder = nn.TransformerEncoder(encoder_layer(norm_first=norm_first), 2, enable_nested_tensor=False).eval()
+
+    def causal(q: Tensor) -> Tensor:
+        return encoder(q, mask=nn.Transformer.generate_square_subsequent_mask(N), is_causal=True)
+
+    assert [str(entry.site.mask) for entry in assert_used(causal, x()).report.used] == ["causal"] * 2
+
+
+def test_encoder_layer_with_padding_as_long_as_the_batch() -> None:
+    """A mask of (batch, tokens) that has the shape of one of (tokens, tokens)."""
+    layer, q = encoder_layer(), torch.randn(N, N, E)
+    padded = lambda q: layer(q, src_key_padding_mask=torch.ones(N, N, dtype=torch.bool).triu(1))  # noqa: E731
+    assert_kept(padded, q, because="mask ")
+
+
 def test_encoder_layer_with_padding() -> None:
     layer = encoder_layer()
     padding = torch.arange(N).expand(B, N) > 20
@@ -186,7 +204,7 @@ def test_decoder_layer(norm_first: bool) -> None:
     layer = nn.TransformerDecoderLayer(E, H, 128, batch_first=True, norm_first=norm_first).eval()
     fn = lambda t, m: layer(t, m, tgt_mask=torch.full((N, N), float("-inf")).triu(1), tgt_is_causal=True)  # noqa: E731
     backend = assert_used(fn, x(), x(B, 9, E), sites=2)
-    assert [(entry.site.is_causal, entry.site.kv_len) for entry in backend.report.used] == [(True, N), (False, 9)]
+    assert [(entry.site.mask.is_causal, entry.site.kv_len) for entry in backend.report.used] == [(True, N), (False, 9)]
 
 
 @pytest.mark.parametrize("build", [lambda: Output(mha(batch_first=True)), encoder_layer])

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from sagecompile.mask import ALL, CAUSAL, Mask
 from sagecompile.passes import masks
 from sagecompile.passes.graph import tensor
-from sagecompile.passes.masks import CAUSAL, NOTHING_MASKED
 
 Make = Callable[[int, int], Tensor]
 INF, LOWEST = float("-inf"), torch.finfo(torch.float32).min
 ARANGE = torch.arange
 
 
-def recognised(make: Make, q_len: int = 12, kv_len: int = 12, true_means_masked: bool = False) -> str | None:
+def recognised(make: Make, q_len: int = 12, kv_len: int = 12, true_means_masked: bool = False) -> Mask | None:
     """What `make(q_len, kv_len)` is recognised as when captured for all lengths above 1; equal lengths stay equal."""
-    results: list[str | None] = []
+    results: list[Mask | None] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         output = next(iter(reversed(gm.graph.nodes)))
@@ -107,7 +107,7 @@ NOTHING = {
 
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_masked(name: str) -> None:
-    assert recognised(NOTHING[name]) == NOTHING_MASKED
+    assert recognised(NOTHING[name]) == ALL
 
 
 def test_true_may_mean_masked() -> None:
@@ -115,11 +115,47 @@ def test_true_may_mean_masked() -> None:
     assert recognised(lambda m, n: ARANGE(m)[:, None] >= ARANGE(n), true_means_masked=True) is None
 
 
+AHEAD = {
+    "one diagonal more": (1, lambda m, n: ARANGE(n) <= ARANGE(m)[:, None] + 1),
+    "behind 88": (88, lambda m, n: ARANGE(n) <= ARANGE(m)[:, None] + 88),
+    "strictly": (4, lambda m, n: ARANGE(n)[None] < ARANGE(5, m + 5)[:, None]),
+    "tril": (7, lambda m, n: torch.ones(m, n, dtype=torch.bool).tril(7)),
+    "float triu": (2, lambda m, n: torch.full((m, n), INF).triu(3)),
+    "two of them": (2, lambda m, n: (ARANGE(n) <= ARANGE(m)[:, None] + 2) & (ARANGE(n) < ARANGE(m)[:, None] + 9)),
+}
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(12, 12), (7, 500), (500, 7)])
+@pytest.mark.parametrize("name", AHEAD)
+def test_causal_behind_a_context(name: str, q_len: int, kv_len: int) -> None:
+    ahead, make = AHEAD[name]
+    assert recognised(make, q_len, kv_len) == Mask(ahead)
+
+
+def test_the_last_tokens_of_all() -> None:
+    """Aligned to the end, of a context and new tokens whose numbers are symbols."""
+    found = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        mask, q, k = next(iter(reversed(gm.graph.nodes))).args[0]
+        found.append((masks.recognise(mask, tensor(q).shape[0], tensor(k).shape[0]), tensor(k).shape[0]))
+        return gm.forward
+
+    def fn(cached: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+        k = torch.cat((cached, new))
+        return ARANGE(len(k)) <= ARANGE(len(new))[:, None] + len(cached), new + 1, k
+
+    compiled = torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)
+    inputs = torch.ones(50), torch.ones(9)
+    assert torch.equal(compiled(*inputs)[0], torch.ones(9, 59, dtype=torch.bool).tril(50))
+    ((mask, kv_len),) = found
+    assert mask is not None and not isinstance(mask.ahead, int) and str(mask.ahead) in str(kv_len)
+
+
 LOOKALIKES = {
     "sliding window: the length may be above it": lambda m, n: (
         (ARANGE(m)[:, None] >= ARANGE(n)) & (ARANGE(m)[:, None] - ARANGE(n) < 100)
     ),
-    "one diagonal more": lambda m, n: ARANGE(n) <= ARANGE(m)[:, None] + 1,
     "one diagonal less": lambda m, n: ARANGE(n) < ARANGE(m)[:, None],
     "moved by an offset that is 0 at this length": lambda m, n: ARANGE(n) <= ARANGE(m)[:, None] + (m - 12),
     "anti-causal": lambda m, n: ARANGE(n) >= ARANGE(m)[:, None],
@@ -172,10 +208,10 @@ def test_bottom_right_is_causal_where_the_lengths_are_equal() -> None:
 
 def test_decoding() -> None:
     """One query behind s keys: the last sees all, the first (SDPA's top-left alignment) one."""
-    assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None] + (n - 1), 1, 12) == NOTHING_MASKED
+    assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None] + (n - 1), 1, 12) == ALL
     assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None], 1, 12) == CAUSAL
-    assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None] + 1, 1, 12) is None
-    assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None], 12, 1) == NOTHING_MASKED
+    assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None] + 1, 1, 12) == Mask(1)
+    assert recognised(lambda m, n: ARANGE(n)[None] <= ARANGE(m)[:, None], 12, 1) == ALL
 
 
 def test_a_mask_that_is_broadcast_is_not_causal() -> None:
@@ -281,11 +317,11 @@ def floated(rng: random.Random, mask: Make) -> Make:
     )
 
 
-def truth(mask: Tensor) -> set[str]:
-    """What may be said about a mask of known lengths."""
+def is_true(said: Mask, mask: Tensor) -> bool:
+    """Of a mask of known lengths."""
     allowed = mask if mask.dtype == torch.bool else mask == 0
-    said = {NOTHING_MASKED} if bool(allowed.all()) else set()
-    return said | ({CAUSAL} if torch.equal(allowed, torch.ones_like(allowed).tril()) else set())
+    expected = torch.ones_like(allowed)
+    return torch.equal(allowed, expected if said.ahead is None else expected.tril(said.ahead))
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -298,9 +334,9 @@ def test_random_masks(seed: int) -> None:
     if said is not None:
         lengths = [2, 3, 5, 8, 13]
         for m, n in [(a, a) for a in lengths] if q_len == kv_len else [(a, b) for a in lengths for b in lengths]:
-            assert said in truth(make(m, n)), (said, m, n)
+            assert is_true(said, make(m, n)), (said, m, n)
 
 
 def test_random_masks_are_recognised_often_enough_to_mean_something() -> None:
     said = [recognised(random_mask(random.Random(seed)), 6, 6) for seed in range(60)]
-    assert said.count(CAUSAL) >= 3 and said.count(NOTHING_MASKED) >= 3
+    assert said.count(CAUSAL) >= 3 and said.count(ALL) >= 3

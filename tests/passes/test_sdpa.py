@@ -302,7 +302,7 @@ OVERLOADS: dict[str, Any] = {
 @pytest.mark.parametrize("name", OVERLOADS)
 def test_overloads_of_aten(name: str) -> None:
     site = assert_used(OVERLOADS[name], *qkv()).report.used[0].site
-    assert site.is_causal and site.spelling == "sdpa"
+    assert site.mask.is_causal and site.spelling == "sdpa"
 
 
 def test_overloads_of_aten_are_kept_for_their_mask_and_what_else_they_return() -> None:

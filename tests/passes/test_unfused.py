@@ -156,7 +156,7 @@ USED: dict[str, Function] = {
 @pytest.mark.parametrize("name", USED)
 def test_spellings(name: str) -> None:
     backend = assert_used(USED[name], *qkv())
-    assert backend.report.used[0].site.is_causal == ("causal" in name)
+    assert backend.report.used[0].site.mask.is_causal == ("causal" in name)
     assert "softmax" not in backend.targets
 
 

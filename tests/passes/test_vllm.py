@@ -13,6 +13,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx import Graph
 
 from sagecompile.decide import Keep, Use
+from sagecompile.mask import CAUSAL
 from sagecompile.passes import vllm
 from sagecompile.report import Entry
 from sagecompile.site import AttentionSite
@@ -44,7 +45,7 @@ def graph_of(*names):
 
 
 def entry(name, device):
-    site = AttentionSite(name, "Attention", "vllm", 1, 4, 2, "n", "n", 64, 64, "float32", device, is_causal=True)
+    site = AttentionSite(name, "Attention", "vllm", 1, 4, 2, "n", "n", 64, 64, "float32", device, mask=CAUSAL)
     kept = Keep("sliding window 64: needs none")
     return Entry(site, kept if name.startswith("windowed") else Use("qk_int8_pv_fp16", "cpu"))
 

@@ -88,7 +88,7 @@ def test_a_layer_that_stays_has_its_reason(reason):
 @pytest.mark.parametrize(("kind", "is_causal"), [("decoder", True), ("encoder_only", False)])
 def test_a_plain_layer_is_used(kind, is_causal):
     site = site_of(layer(attn_type=kind), "cpu")
-    assert site.is_causal == is_causal and site.shape == "1x4/2xnx64"
+    assert site.mask.is_causal == is_causal and site.shape == "1x4/2xnx64"
     assert isinstance(chooser(site, ALWAYS)(1000, 1000), Use)
 
 

@@ -87,7 +87,7 @@ def enter(shape: Shape, qkv: QKV, kernel_only: bool, reference: bool, with_flash
         apart = take_apart(q, k, v, shape.is_causal, runners)
         quantized = {name: kernels.attend for name, kernels in apart.items()}
     else:
-        whole = partial(attention, q, k, v, scale=None, is_causal=shape.is_causal, tokens_first=False)
+        whole = partial(attention, q, k, v, scale=None, ahead=0 if shape.is_causal else None, tokens_first=False)
         quantized = {f"{format} {name}": partial(whole, format=format, provider=name) for format, name in runners}
         quantized |= sageattention_package(q, k, v, shape.is_causal)
     return Contestants(

@@ -170,7 +170,7 @@ def judge(site: AttentionSite, decision: Decision, raced: Mapping[str, Time], cu
     return {
         "shape": site.shape,
         "dtype": site.dtype,
-        "is_causal": site.is_causal,
+        "is_causal": site.mask.is_causal,
         "prologue": site.prologues[0].kind if site.prologues else "",
         "us": times,
         "chosen": chosen,

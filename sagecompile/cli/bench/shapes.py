@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sagecompile.mask import ALL, CAUSAL
 from sagecompile.site import AttentionSite
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -48,7 +49,7 @@ class Shape:
     def site(self, device: torch.device) -> AttentionSite:
         """As formats and providers are asked about it."""
         sizes = (self.batch, self.heads, self.heads, self.length, self.length, self.head_dim, self.head_dim)
-        return AttentionSite("bench", "", "sdpa", *sizes, self.dtype, str(device), is_causal=self.is_causal)
+        return AttentionSite("bench", "", "sdpa", *sizes, self.dtype, str(device), CAUSAL if self.is_causal else ALL)
 
 
 def shapes(arguments: argparse.Namespace, device: torch.device) -> Iterator[Shape]:
