@@ -13,6 +13,7 @@ from .vllm.lazy_pass import vllm_pass
 
 if TYPE_CHECKING:
     from .backend import explain, sage_inductor
+    from .counters import exact_rows
     from .errors import OptionError, SageCompileError, UnsupportedError
     from .report import Report
 
@@ -22,6 +23,7 @@ __all__ = [
     "SageCompileError",
     "UnsupportedError",
     "__version__",
+    "exact_rows",
     "explain",
     "sage_inductor",
     "vllm_pass",
@@ -34,6 +36,7 @@ _HOMES = {
     "Report": "report",
     "SageCompileError": "errors",
     "UnsupportedError": "errors",
+    "exact_rows": "counters",
     "explain": "backend",
     "sage_inductor": "backend",
 }

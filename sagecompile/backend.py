@@ -18,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
 import sagecompile.passes as passes
-from sagecompile import measure, ops, report, settings
+from sagecompile import counters, measure, ops, report, settings
 from sagecompile.cost.local import Local
 from sagecompile.decide import Decision, Keep, decide
 from sagecompile.dump import dump
@@ -54,8 +54,10 @@ def sage_inductor(
     `mode` and every option without the prefix `sage.` go to Inductor as they are. Raises OptionError for an unknown
     or impossible `sage.` option.
     """
+    counters.look()
     ours, inductor_options = settings.resolve(options)
-    decision = decider(ours, _is_captured(ours, _inductor(mode, inductor_options)))
+    is_captured = _is_captured(ours, _inductor(mode, inductor_options))
+    decision = decider(ours, is_captured)
     before = len(_guards())
     done = _rewrite(gm, decision, ours)
     logger.info(done.summary())
@@ -63,6 +65,7 @@ def sage_inductor(
     report.record(done)
     if measure.is_asked():
         return gm.forward
+    counters.watch(done, lambda device: measurements(device, is_captured))
     return _inductor(mode, inductor_options, _guards()[before:])(gm, example_inputs)  # type: ignore[no-any-return]
 
 

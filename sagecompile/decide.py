@@ -85,7 +85,7 @@ def decide(
     """Use or Keep for one site. Where lengths are symbols, what is used needs `long_enough` ones: lengths.py asks.
 
     `auto` goes by what was measured on this machine (`local`), then by the device's profile where that is sure, then by
-    a measurement now. `cuda_graphs`: whether launches cost nothing.
+    a measurement now; what did not win when it ran is kept. `cuda_graphs`: whether launches cost nothing.
     """
     if settings.policy == "never":
         return Keep("policy=never: set sage.policy to auto or always")
@@ -94,6 +94,9 @@ def decide(
     auto = settings.policy == "auto"
     if auto and not isinstance(site.head_dim, int):
         return Keep(f"head_dim {site.head_dim}: needs a number, as after torch._dynamo.mark_static(q, 3)")
+    lost = local.loss(site) if auto and local else None
+    if lost is not None:
+        return Keep(lost)
     refusals: list[str] = []
     never_wins: dict[str, str] = {}
     candidates: list[Use] = []

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from sagecompile.decide import Use
+from sagecompile.kernels import counts
 from sagecompile.kernels.prologue import Prologue
 from sagecompile.kernels.sdpa import sdpa
 from sagecompile.ops import reference
@@ -66,11 +67,11 @@ def _watched(op: Callable[..., torch.Tensor], measured: Measured) -> Callable[..
     def attention(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *of_prologues: torch.Tensor | None, **how: Any
     ) -> torch.Tensor:
-        _counted_rows(how["provider"])  # forgets those of calls before
+        calls_before, _, exact_before = counts.read(wait=True).get(how["site"], counts.Counts())
         out = op(q, k, v, *of_prologues, **how)
         if out.numel() == 0 or k.shape[2] == 0:
             return out
-        rows = _counted_rows(how["provider"])
+        calls, _, exact = counts.read(wait=True).get(how["site"], counts.Counts())
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if of_prologues:
                 q_weight, k_weight, cos, sin = of_prologues
@@ -78,9 +79,10 @@ def _watched(op: Callable[..., torch.Tensor], measured: Measured) -> Callable[..
                 k = Prologue(how["k_eps"], k_weight, how["k_rope"], cos, sin).apply(k).to(k.dtype)
             scale = how["scale"] if how["scale"] is not None else q.shape[3] ** -0.5
             error = _error(q, k, v, out, scale, how["ahead"])
-            if rows is None:
+            rows = exact - exact_before
+            if calls == calls_before:  # the provider does not tell
                 rows = _specified_rows(q, k, v, scale=scale, ahead=how["ahead"], format=how["format"])
-        measured.add(error, min(1.0, rows / out[..., 0].numel()))
+        measured.add(error, rows / out[..., 0].numel())
         return out
 
     return attention
@@ -106,15 +108,6 @@ def _error(
     if not wrong:
         return 0.0
     return math.sqrt(wrong / size) if size and wrong.isfinite() else math.inf
-
-
-def _counted_rows(provider: str) -> int | None:
-    """How many rows a provider's kernel computed exactly since this was last asked; None if it does not tell."""
-    if provider != "cpu":
-        return None
-    from sagecompile.kernels import cpu  # as all providers: where it is used
-
-    return cpu.exact_rows()
 
 
 def _specified_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> int:

@@ -215,6 +215,9 @@ class Local:
     def __init__(self, why_not=lambda site, alternatives: None, measure=None):
         self.why_not, self.measure = why_not, measure
 
+    def loss(self, site):
+        return None
+
     def recall(self, site):
         return {}
 

@@ -65,7 +65,7 @@ def _examine_device(name: str) -> dict[str, Any]:
         "device": name,
         "name": device.name,
         "compute_capability": device.compute_capability,
-        "measured": store.count(measurements(name, cuda_graphs=False).machine, without=("calibration",)),
+        "measured": store.count(measurements(name, cuda_graphs=False).machine, without=("calibration", "lost")),
         "profile": {"date": profile.date, "source": profile.source} if profile else None,
         "slow_launches": relaunch.why_not() if device.slow_launches else None,
         "formats": rows,

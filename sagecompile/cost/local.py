@@ -223,6 +223,30 @@ class Local:
             found["prologues"] = [made._asdict() for made in site.prologues]
         return found | ({"threads": torch.get_num_threads()} if site.device_type == "cpu" else {})
 
+    def key_of_loss(self, site: AttentionSite) -> dict[str, Any]:
+        """What is kept under it is of the site of this name alone; of any sizes, where these are symbols."""
+        plain = {name: value for name, value in self.key(site).items() if not isinstance(value, torch.SymInt)}
+        if isinstance(site.mask.ahead, torch.SymInt):
+            del plain["mask"]
+        return plain | {"lost": site.name}
+
+    def loss(self, site: AttentionSite) -> str | None:
+        """Why this very site did not win when it ran, in this or another process; None where nobody saw that."""
+        found = store.recall(self.key_of_loss(site), _read_loss)
+        if found is None:
+            return None
+        share, date = found
+        return f"exact rows {share:.0%}: at this site INT8 holds too few rows to win (seen {date})"
+
+
+def remember_loss(key: Mapping[str, Any], share: float) -> None:
+    """That a site of this `key_of_loss` computed so large a share of its rows exactly that it was not faster."""
+    store.remember(key, {"exact_rows": share, "date": _today()})
+
+
+def _read_loss(found: Mapping[str, Any]) -> tuple[float, str]:
+    return store.positive(found["exact_rows"]), str(found["date"])
+
 
 def _apart(one: Mapping[str, Time], other: Mapping[str, Time]) -> float:
     """By which factor two opinions of what is faster than SDPA differ at most, however fast the machine was."""

@@ -12,7 +12,9 @@ from importlib import import_module
 
 @cache
 def launcher(provider: str) -> Callable[..., None]:
-    """`attention(q, k, v, out, *, scale, is_causal, format)` of a provider that has kernels of its own.
+    """`attention(q, k, v, out, *, scale, is_causal, format, site="")` of a provider that has kernels of its own.
+
+    One that knows how many rows it computes exactly counts them under the name `site`, see counts.py.
 
     One that says `prologues` in `formats.py` also takes `q_prologue` and `k_prologue`, each a `Prologue` or None; one
     that says `causal_offset` also takes that.

@@ -92,9 +92,17 @@ def refusal(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool, format: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    format: str,
+    site: str = "",
 ) -> None:
-    """softmax(scale * q k^T) v into out, for a call that `refusal` lets pass.
+    """softmax(scale * q k^T) v into out, for a call that `refusal` lets pass. Nothing is counted for a site.
 
     q, out: (B, Hq, N, D); k, v: (B, Hkv, N, D), any strides.
     """

@@ -8,6 +8,7 @@ call; torch.func's transforms see none.
 `qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
 kernels/prologue.py says. `attention_into` writes a tensor that there is, whose elements must not share memory.
 Query i sees the keys j <= i + ahead, if that is a number: 0 is SDPA's `is_causal`. With None it sees all.
+`site` is the name under which kernels/counts.py has the calls and their exact rows; nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from sagecompile.kernels.prologue import ROPES, Prologue
 
 from . import reference
 
-_HOW = "float? scale, SymInt? ahead, str format, str provider, bool tokens_first"
+_HOW = 'float? scale, SymInt? ahead, str format, str provider, bool tokens_first, str site=""'
 SCHEMAS = {
     "attention": f"(Tensor q, Tensor k, Tensor v, *, {_HOW}) -> Tensor",
     "qk_norm_rope_attention": "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
     f"Tensor? sin, *, float? q_eps, float? k_eps, str q_rope, str k_rope, {_HOW}) -> Tensor",
     "attention_into": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, float scale, SymInt? ahead, str format, "
-    "str provider) -> ()",
+    'str provider, str site="") -> ()',
 }
 library = torch.library.Library("sagecompile", "DEF")
 IN_PYTHON = "_in_python"
@@ -133,6 +134,7 @@ def _attend(
     format: str,
     provider: str,
     tokens_first: bool,
+    site: str,
     **prologues: Prologue | None,
 ) -> torch.Tensor:
     """Of checked arguments; only a provider that has prologues is given any."""
@@ -143,7 +145,7 @@ def _attend(
     _check_ahead(ahead, provider)
     if k.shape[2] == 0:
         return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
-    _launch(provider, q, k, v, out, ahead, scale=scale, format=format, **prologues)
+    _launch(provider, q, k, v, out, ahead, scale=scale, format=format, site=site, **prologues)
     return out
 
 
@@ -179,10 +181,11 @@ def _attention(
     format: str,
     provider: str,
     tokens_first: bool,
+    site: str = "",
 ) -> torch.Tensor:
     _check_gradients(q, k, v)
     _check(q, k, v, format, provider)
-    return _attend(q, k, v, scale, ahead, format, provider, tokens_first)
+    return _attend(q, k, v, scale, ahead, format, provider, tokens_first, site)
 
 
 @torch.library.impl(library, "attention_into", "CompositeExplicitAutograd")
@@ -197,6 +200,7 @@ def _attention_into(
     ahead: int | None,
     format: str,
     provider: str,
+    site: str = "",
 ) -> None:
     _check_gradients(q, k, v, out)
     _check(q, k, v, format, provider)
@@ -211,7 +215,7 @@ def _attention_into(
         return
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # for whoever saved it for a gradient
-    _launch(provider, q, k, v, out, ahead, scale=scale, format=format)
+    _launch(provider, q, k, v, out, ahead, scale=scale, format=format, site=site)
 
 
 @torch.library.impl(library, "qk_norm_rope_attention", "CompositeExplicitAutograd")
@@ -234,6 +238,7 @@ def _qk_norm_rope_attention(
     format: str,
     provider: str,
     tokens_first: bool,
+    site: str = "",
 ) -> torch.Tensor:
     _check_gradients(q, k, v, q_weight, k_weight, cos, sin)
     _check(q, k, v, format, provider)
@@ -248,7 +253,7 @@ def _qk_norm_rope_attention(
         prologue = Prologue(eps, weight, rope, **tables)
         _check_prologue(x, name, prologue)
         prologues[f"{name}_prologue"] = None if eps is None and rope == "none" else prologue
-    return _attend(q, k, v, scale, ahead, format, provider, tokens_first, **prologues)
+    return _attend(q, k, v, scale, ahead, format, provider, tokens_first, site, **prologues)
 
 
 def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from sagecompile.kernels import counts
 from sagecompile.kernels.prologue import Prologue
 from sagecompile.kernels.sdpa import sdpa
 
@@ -36,6 +37,7 @@ def attention(
     causal_offset: int = 0,
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
+    site: str = "",
 ) -> None:
     """Write softmax(q k^T * scale) v into `out`; `is_causal` lets query i see the keys j <= i + causal_offset."""
     if q_prologue is not None:
@@ -46,6 +48,7 @@ def attention(
         k, v = (x[:, :, : q.shape[2] + causal_offset] for x in (k, v))
     result, exact = _quantized(q, k, v, scale, is_causal, format, causal_offset)
     out.copy_(result)
+    counts.add(exact, site)
     _mend(q, k, v, out, exact, scale, is_causal, causal_offset)
 
 

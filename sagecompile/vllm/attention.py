@@ -74,7 +74,7 @@ def _attend(
     q, k, v, out = (x.transpose(0, 1)[None] for x in (query[tokens], key, value, output[tokens]))
     ops.attention_into.default(
         q, k, v, out, scale=layer.impl.scale, ahead=part.kv_len - part.q_len if is_causal else None,
-        format=part.use.format, provider=part.use.provider,
+        format=part.use.format, provider=part.use.provider, site=layer.layer_name,
     )  # fmt: skip
     count(layer.layer_name, part.q_len)
 

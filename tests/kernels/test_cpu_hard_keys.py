@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagecompile.kernels import cpu
+from sagecompile.kernels import counts, cpu
 from sagecompile.kernels.cpu import build
 from tests.ops.test_hard_keys import as_promised, drawn
 from tests.support import (
@@ -38,18 +38,20 @@ def pv(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "function", lambda: kernel)
 
 
-def attend(q, k, v, *, causal=False, offset=0):
+def attend(q, k, v, *, causal=False, offset=0, site=""):
     out = torch.full_like(q, float("nan"))
     how = {"scale": q.shape[-1] ** -0.5, "is_causal": causal, "format": ACCURATE, "causal_offset": offset}
-    cpu.attention(q, k, v, out, **how)
+    cpu.attention(q, k, v, out, **how, site=site)
     return out
 
 
 def attend_and_count(q, k, v, **how):
     """The result, and the share of its rows that were computed exactly."""
-    cpu.function().exact_rows()
-    out = attend(q, k, v, **how)
-    return out, cpu.function().exact_rows() / out[..., 0].numel()
+    before = counts.read().get("hard keys", counts.Counts())
+    out = attend(q, k, v, **how, site="hard keys")
+    calls, rows, exact = counts.read()["hard keys"]
+    assert (calls, rows) == (before.calls + 1, before.rows + out[..., 0].numel())
+    return out, (exact - before.exact) / out[..., 0].numel()
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -14,7 +14,7 @@ import torch
 from support import FAST, TOLERANCE
 
 from sagecompile.errors import UnsupportedError
-from sagecompile.kernels import hopper
+from sagecompile.kernels import counts, hopper
 from sagecompile.kernels.hopper import parameters, relaunch, runtime
 from sagecompile.kernels.hopper.cut import cut_rows, even
 from sagecompile.kernels.prologue import Prologue
@@ -346,6 +346,7 @@ class TestLaunches:
         monkeypatch.setattr(relaunch, "of_triton", lambda *given, overlap: given)
         plan = lambda *given: SimpleNamespace(leave=lambda: found.append(given))  # noqa: E731
         monkeypatch.setattr(relaunch, "Plan", plan)
+        monkeypatch.setattr(relaunch, "count_at", lambda *given: None)
         return found
 
     def tensors(self, batch=2, length=90):
@@ -353,9 +354,9 @@ class TestLaunches:
         attended = [torch.empty(batch, heads, length, 64, dtype=torch.bfloat16) for heads in (4, 2, 2, 4)]
         return [*attended, *(torch.empty(1, length, 64) for _ in range(2))]
 
-    def attention(self, q, k, v, out, cos, sin, *, fused=True):
+    def attention(self, q, k, v, out, cos, sin, *, fused=True, site=""):
         prologue = Prologue(1e-6, None, "half", cos, sin) if fused else None
-        how = {"scale": 0.1, "is_causal": False, "format": FAST}
+        how = {"scale": 0.1, "is_causal": False, "format": FAST, "site": site}
         hopper.attention(q, k, v, out, **how, q_prologue=prologue, k_prologue=prologue)
 
     @pytest.mark.parametrize("fused", [False, True])
@@ -383,7 +384,13 @@ class TestLaunches:
         assert flags_bytes == 4 * 8 * 6  # int32, of 8 heads, of each 16 of 90 rows
         assert set(quantize.addresses.values()) == {"k", "v", "tiles"} | turns and not quantize.overlap
         assert set(attend.addresses.values()) == {"q", "out", "tiles", "flags"} | turns and attend.overlap
-        assert repeated == ("Triton's", 7, (("q", "k", "v", "out", "flags"), tables, tables))
+        assert repeated == ("Triton's", 7, (("q", "k", "v", "out", "flags", "counts"), tables, tables))
+
+    def test_where_a_site_is_counted_is_said_to_c(self, launched, plans, monkeypatch):
+        said = []
+        monkeypatch.setattr(relaunch, "count_at", lambda *given: said.append(given))
+        self.attention(*self.tensors(), site="layers.0")
+        assert said == [("C++", None, "layers.0", counts.slot(torch.device("cpu"), "layers.0").data_ptr())]
 
     def test_tables_that_must_be_copied_are_pythons_each_time(self, launched, plans):
         for _ in range(3):

@@ -26,7 +26,7 @@ from sagecompile.ops.attention import IN_PYTHON, SCHEMAS
 pytestmark = pytest.mark.skipif(compiler.why_none() is not None, reason=str(compiler.why_none()))
 
 OPS = "sagetest_relaunch"
-STREAM = 4321
+STREAM, COUNTS = 4321, 8000
 
 
 class Driver:
@@ -72,11 +72,11 @@ class Ops:
         out = rest[0] if len(rest) == 1 else torch.zeros_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
         if self.leaves:
             tables = {(2, 8): "q_weight", (2, 16): "cos"} if len(rest) > 1 else {}
-            self.driver.sizes |= {11: [24], 22: [8, 4, 24]}
+            self.driver.sizes |= {11: [24], 22: [8, 4, 24, 8]}
             first = relaunch.Launch(11, 7, 128, 1000, False, [bytes(24)], {(0, 0): "k", (0, 8): "v", (0, 16): "tiles"})
             second = relaunch.Launch(
-                22, 9, 256, 0, True, [bytes(8), struct.pack("i", 5), bytes(24)],
-                {(0, 0): "flags", (2, 0): "q", **(tables or {(2, 16): "out"})},
+                22, 9, 256, 0, True, [bytes(8), struct.pack("i", 5), bytes(24), bytes(8)],
+                {(0, 0): "flags", (2, 0): "q", **(tables or {(2, 16): "out"}), (3, 0): "counts"},
             )  # fmt: skip
             relaunch.Plan(self.library, out, 640, 64, [first, second]).leave()
         return None if len(rest) == 1 else out
@@ -91,6 +91,7 @@ def ops() -> Iterator[Ops]:
     path = relaunch.build(f"-DOPS={OPS}", "-DDEVICE=CPU")
     driver = Driver()
     found = Ops(relaunch.load(path, driver, driver.current_stream), driver)
+    relaunch.count_at(found.library, -1, "", COUNTS)
     for name in SCHEMAS:
         library.impl(name + IN_PYTHON, found.python, "CompositeExplicitAutograd")
     yield found
@@ -123,12 +124,12 @@ def test_the_second_call_is_launched_for_its_own_tensors(ops):
     out = attention(q, k, v)
     assert ops.calls == 1
     assert (out.shape, out.stride(), out.dtype) == ((2, 3, 8, 16), (384, 16, 48, 1), torch.float32)
-    (one, where_one, (pointers,)), (two, where_two, (flags, number, others)) = ops.driver.launches
+    (one, where_one, (pointers,)), (two, where_two, (flags, number, others, counts)) = ops.driver.launches
     assert (one, where_one) == (11, (7, 1, 128, 1000, STREAM, 0))
     assert (two, where_two) == (22, (9, 1, 256, 0, STREAM, 1))
     assert struct.unpack("PPP", pointers)[:2] == (k.data_ptr(), v.data_ptr())
     assert struct.unpack("PPP", others) == (q.data_ptr(), 0, out.data_ptr())
-    assert struct.unpack("i", number) == (5,)
+    assert struct.unpack("i", number) == (5,) and struct.unpack("P", counts) == (COUNTS,)
     tiles, flags = struct.unpack("P", pointers[16:]) + struct.unpack("P", flags)
     assert tiles and flags and abs(tiles - flags) >= 64 and tiles % 16 == flags % 16 == 0
 
@@ -153,6 +154,28 @@ def test_a_tensor_that_is_there_is_written(ops):
     assert struct.unpack("PPP", ops.driver.launches[1][2][2]) == (q.data_ptr(), 0, out.data_ptr())
     into(q, k, v, out, **how, ahead=4)
     assert ops.calls == 2
+
+
+def test_sites_share_a_plan_and_each_is_counted_by_itself(ops):
+    """Python is asked where a site's calls are counted, once for each."""
+    attention(*tensors(length=26))
+    for site in ("layers.0.self_attn", "layers.1.self_attn"):
+        calls = ops.calls
+        attention(*tensors(length=26), site=site)
+        assert ops.calls == calls + 1 and not ops.driver.launches
+    relaunch.count_at(ops.library, -1, "layers.0.self_attn", 16)
+    relaunch.count_at(ops.library, -1, "layers.1.self_attn", 48)
+    for length in (26, 27):
+        attention(*tensors(length=length))
+        ops.calls = 0
+        ops.driver.launches.clear()
+        for site in ("layers.1.self_attn", "layers.0.self_attn", "layers.1.self_attn"):
+            attention(*tensors(length=length), site=site)
+        found = [struct.unpack("P", given[-1]) for function, _, given in ops.driver.launches if function == 22]
+        assert ops.calls == 0 and found == [(48,), (16,), (48,)]
+    relaunch.count_at(ops.library, 0, "layers.2.self_attn", 80)
+    attention(*tensors(length=26), site="layers.2.self_attn")
+    assert ops.calls == 1, "that was another device's"
 
 
 UNLIKE: dict[str, Callable[[], torch.Tensor]] = {

@@ -133,9 +133,12 @@ def run_case(case: str, format: str) -> dict[str, float | bool]:
 
 
 def run_flagged(case: str) -> dict[str, float | bool]:
-    """In the interpreter's process: the error of the tiles with a flag, whether all others are as they were."""
+    """In the interpreter's process: the error of the tiles with a flag, whether all others are as they were and all are
+    counted.
+    """
     import torch
 
+    from sagecompile.kernels import counts
     from sagecompile.kernels.prologue import Prologue
     from sagecompile.kernels.triton.exact import recompute_flagged
 
@@ -156,7 +159,8 @@ def run_flagged(case: str) -> dict[str, float | bool]:
     turned = {"rope": rope, "cos": turns.cos(), "sin": turns.sin()} if rope != "none" else {}
     prologue = Prologue(1e-6 if norm else None, torch.randn(dim).to(q.dtype) if weighted else None, **turned)
     how = {"scale": dim**-0.5, "is_causal": causal, "q_prologue": prologue, "k_prologue": prologue}
-    recompute_flagged(q, k, v, out, flags, flag_rows=16, **how)
+    recompute_flagged(q, k, v, out, flags, flag_rows=16, **how, site=case)
+    counted = counts.read()[case] == (1, exact.numel(), int(exact.sum()))
     q, k = prologue.apply(q), prologue.apply(k)
     exact = exact.view(batch, q_heads, q_len)
     k, v = (x.double().repeat_interleave(q_heads // kv_heads, 1) for x in (k, v))
@@ -165,7 +169,7 @@ def run_flagged(case: str) -> dict[str, float | bool]:
         scores.masked_fill_(torch.ones(q_len, kv_len, dtype=torch.bool).triu(1), float("-inf"))
     expected = (scores.softmax(-1) @ v)[exact]
     error = (out[exact].double() - expected).norm() / expected.norm().clamp_min(1e-300)
-    return {"error": float(error), "unchanged": bool((out[~exact] == 7.0).all())}
+    return {"error": float(error), "unchanged": bool((out[~exact] == 7.0).all()), "counted": counted}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +194,7 @@ def test_against_float64(results: dict[str, dict[str, float | bool]], case: str,
 def test_only_flagged_tiles_are_computed_again(results: dict[str, dict[str, float | bool]], case: str) -> None:
     """The exact kernel, with a flag for every 16 rows: tiles of 64 rows (32 in float32) that hold a flagged row."""
     assert results[case]["unchanged"], "a tile without a flag was written"
+    assert results[case]["counted"], "calls, rows or exact rows are not those of this call"
     assert results[case]["error"] <= 5e-3
 
 

@@ -7,7 +7,6 @@ Python (ops.cpp), but for heads that 8 bits cannot hold.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
 import torch
@@ -18,13 +17,12 @@ from sagecompile.kernels.sdpa import sdpa
 
 from .build import OPS_LIBRARY, function, why_not
 
-__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "exact_rows", "why_not"]
+__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
 
 FORMATS = PROVIDERS["cpu"].formats
 MAX_HEAD_DIM = 256
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_rows_of_exact_heads = 0
 
 
 def attention(
@@ -37,6 +35,7 @@ def attention(
     is_causal: bool,
     format: str,
     causal_offset: int = 0,
+    site: str = "",
 ) -> None:
     """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i + causal_offset where causal.
 
@@ -49,19 +48,19 @@ def attention(
     ahead = min(causal_offset, k.shape[2]) if is_causal else k.shape[2]
     sizes = (*q.shape, *k.shape[1:3], ahead, _DTYPES[q.dtype], torch.get_num_threads())
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
-    flags = ctypes.create_string_buffer(q.shape[0] * q.shape[1])
+    exact_rows = torch.zeros(q.shape[:2], dtype=torch.int64)
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-    if function()(*pointers, struct.pack(f"{len(sizes) + len(strides)}q", *sizes, *strides), scale, flags) != 0:
+    numbers, name = struct.pack(f"{len(sizes) + len(strides)}q", *sizes, *strides), site.encode()
+    if function()(*pointers, numbers, scale, exact_rows.data_ptr(), name, len(name)) != 0:
         raise MemoryError(f"no memory for K {tuple(k.shape)} in 8 bits and V in 16 or 32")
-    if any(flags.raw):
-        heads = torch.frombuffer(flags, dtype=torch.uint8).view(q.shape[:2])
-        _exact_heads(q, k, v, out, heads, scale, is_causal, causal_offset)
+    if exact_rows.min() < 0:
+        _exact_heads(q, k, v, out, exact_rows, scale, is_causal, causal_offset)
 
 
 library = torch.library.Library("sagecompile", "FRAGMENT")
 library.define(
-    "exact_heads_in_python(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor flags, float scale, bool is_causal, "
-    "int causal_offset) -> ()"
+    "exact_heads_in_python(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor exact_rows, float scale, "
+    "bool is_causal, int causal_offset) -> ()"
 )
 
 
@@ -71,26 +70,17 @@ def _exact_heads(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    flags: torch.Tensor,
+    exact_rows: torch.Tensor,
     scale: float,
     is_causal: bool,
     causal_offset: int,
 ) -> None:
-    """SDPA's own result for the heads that INT8 cannot hold, too steep, or with a NaN or Inf: flags (B, Hq) not 0."""
-    global _rows_of_exact_heads
-    b, h = flags.nonzero(as_tuple=True)
-    _rows_of_exact_heads += len(h) * q.shape[2]
+    """SDPA's own result for the heads that INT8 cannot hold, too steep, or with a NaN or Inf.
+
+    exact_rows, int64: (B, Hq), below 0 for those heads.
+    """
+    b, h = (exact_rows < 0).nonzero(as_tuple=True)
     kv_h = h // (q.shape[1] // k.shape[1])
     chosen = (x[None] for x in (q[b, h], k[b, kv_h], v[b, kv_h]))
     with torch.autocast("cpu", enabled=False):
         out[b, h] = sdpa(*chosen, scale=scale, is_causal=is_causal, causal_offset=causal_offset)[0]
-
-
-def exact_rows() -> int:
-    """How many rows of results were computed exactly since this was last asked.
-
-    Some of a head that is exact as a whole count twice, where the kernel had begun with it.
-    """
-    global _rows_of_exact_heads
-    rows, _rows_of_exact_heads = _rows_of_exact_heads + int(function().exact_rows()), 0
-    return rows

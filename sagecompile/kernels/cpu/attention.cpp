@@ -2,7 +2,7 @@
 //
 // In: q (B, Hq, Nq, D), k and v (B, Hkv, Nk, D) of float32, bfloat16 or float16 with any strides; D is at most 256.
 // Out: out = softmax(scale * q k^T) v, wholly written but for the heads that cannot be computed here (with a NaN or
-// Inf, or the steepest of scores), which are flagged.
+// Inf, or the steepest of scores), of which the caller is told; and how many rows were computed exactly, by site.
 //
 // The loops, and what they cost on a Zen 4 core, which starts one 512-bit multiplication (INT8, bf16, float) a cycle:
 //
@@ -41,7 +41,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
 
 namespace {
 
@@ -917,16 +922,15 @@ template <class T> void unpacked(const Packed& kv, const Tensor<T>& k, int64_t h
 }
 
 thread_local Scratch of_numbers;
-std::atomic<int64_t> exact_rows;
 
-// The hard ones of the block's queries once more, with scores in float32. False if there is no memory.
+// The hard ones of the block's queries once more, with scores in float32. Returns how many, or -1 if there is no memory.
 template <class T>
-bool attend_in_numbers(Block& block, Tile& tile, const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, int64_t head,
-                       int64_t kv_head, int64_t first, int count, const bool* hard) {
+int attend_in_numbers(Block& block, Tile& tile, const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, int64_t head,
+                      int64_t kv_head, int64_t first, int count, const bool* hard) {
     const Shape& shape = kv.shape;
     const int width = shape.k_width();
     float* const rows = (float*)of_numbers.get(MAX_QUERIES * Numbers::STRIDE + KEYS * width);
-    if (!rows) return false;
+    if (!rows) return -1;
     float* const panels = rows + MAX_QUERIES * Numbers::STRIDE;
     int again = 0;
     for (int n = 0; n < round_up(count, ROWS); ++n) {
@@ -947,15 +951,14 @@ bool attend_in_numbers(Block& block, Tile& tile, const Packed& kv, const Tensor<
             }
         }
     }
-    exact_rows.fetch_add(again, std::memory_order_relaxed);
-    return true;
+    return again;
 }
 
-// Queries [first, first + count) of a head. False, and nothing written, if neither INT8 nor floats can hold them or the
-// keys they meet.
+// Queries [first, first + count) of a head. Returns how many of them were computed exactly, or -1, and nothing is
+// written, if neither INT8 nor floats can hold them or the keys they meet.
 template <class T>
-bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& out, int64_t head, int64_t first,
-            int count) {
+int attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& out, int64_t head, int64_t first,
+           int count) {
     const Shape& shape = kv.shape;
     const int64_t batch = head / shape.q_heads, q_head = head % shape.q_heads;
     const int64_t kv_head = batch * shape.kv_heads + q_head / shape.group();
@@ -964,7 +967,7 @@ bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tens
     const float* k_scales = kv.k_scales(kv_head, 0);
     const float k_scale = *std::max_element(k_scales, k_scales + shape.k_blocks());
     const T* const token = q.token(batch, q_head, first);
-    if (!(start_block(block, shape, q, token, count, kv.q_factors(kv_head)) * k_scale <= STEEPEST)) return false;
+    if (!(start_block(block, shape, q, token, count, kv.q_factors(kv_head)) * k_scale <= STEEPEST)) return -1;
 
     bool hard[MAX_QUERIES / ROWS] = {}, some = false;
     const Noise usual(kv, kv_head, 0, shape.kv_len);
@@ -985,12 +988,13 @@ bool attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tens
         here = here || is_hard(block, shape, row, std::min(ROWS, count - row));
         some |= here;
     }
-    if (some && !attend_in_numbers(block, tile, kv, q, k, head, kv_head, first, count, hard)) return false;
+    const int again = some ? attend_in_numbers(block, tile, kv, q, k, head, kv_head, first, count, hard) : 0;
+    if (again < 0) return -1;
     for (int n = 0; n < count; ++n) {
         const float sum = _mm512_reduce_add_ps(block.sum[n]);
         out.write(out.token(batch, q_head, first + n), shape.dim, block.out + n * shape.width(), 1.0f / sum);
     }
-    return true;
+    return again;
 }
 
 // Queries a block: as many as fit, so that K and V are seldom read, but at least `least` blocks in all.
@@ -1013,10 +1017,13 @@ class WithoutDenormals {
     unsigned before;
 };
 
+// Rows of a head that a block leaves to the caller: whatever the other blocks add, the sum is below zero.
+constexpr int64_t LEFT = -(int64_t(1) << 40);
+
 // False if there is no memory.
 template <class T>
 bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& v, const Tensor<T>& out,
-         int threads, uint8_t* flags) {
+         int threads, int64_t* exact) {
     const int64_t kv_heads = shape.batch * shape.kv_heads, group = shape.group(), k_blocks = shape.k_blocks();
     // Whole heads as far as all threads get as many, and wait for none of the others; what is left is done together.
     const int64_t whole = kv_heads >= 8 * threads ? kv_heads : kv_heads - kv_heads % threads, shared = kv_heads - whole;
@@ -1024,10 +1031,11 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     const int64_t whole_blocks = ceil_div(shape.q_len, whole_size), blocks = ceil_div(shape.q_len, shared_size);
     const auto attend_block = [&](const Packed& packed, int64_t head, int64_t block, int64_t size) {
         const int64_t first = block * size;
-        if (!attend(packed, q, k, out, head, first, int(std::min(size, shape.q_len - first)))) {
-#pragma omp atomic write
-            flags[head] = 1;
-        }
+        const int rows = attend(packed, q, k, out, head, first, int(std::min(size, shape.q_len - first)));
+        if (rows == 0) return;
+        const int64_t counted = rows < 0 ? LEFT : rows;
+#pragma omp atomic
+        exact[head] += counted;
     };
     uint32_t* const shared_memory = shared ? some_heads.get(Packed::words(shape, shared)) : nullptr;
     if (shared && !shared_memory) return false;
@@ -1075,28 +1083,61 @@ struct Arguments { // of sagecompile_attention
     void *q, *k, *v, *out;
     const int64_t* strides;
     int threads;
-    uint8_t* flags;
+    int64_t* exact;
 };
 
 template <class T> bool run_typed(const Shape& shape, const Arguments& a) {
     const auto tensor = [&](void* data, int i) { return Tensor<T>{static_cast<T*>(data), a.strides + 4 * i}; };
-    return run(shape, tensor(a.q, 0), tensor(a.k, 1), tensor(a.v, 2), tensor(a.out, 3), a.threads, a.flags);
+    return run(shape, tensor(a.q, 0), tensor(a.k, 1), tensor(a.v, 2), tensor(a.out, 3), a.threads, a.exact);
+}
+
+// ---- How many rows were computed exactly ----------------------------------------------------------------------------
+
+struct Counts {
+    int64_t calls, rows, exact;
+};
+using Table = std::map<std::string, Counts, std::less<>>;
+std::mutex counting;
+Table& counts = *new Table; // by site; never destroyed, as threads may still run when the process ends
+
+// One call; what has no name is not counted.
+void count(std::string_view site, const Shape& shape, const int64_t* exact) {
+    if (site.empty()) return;
+    const int64_t heads = shape.batch * shape.q_heads;
+    int64_t rows = 0;
+    for (int64_t head = 0; head < heads; ++head) rows += exact[head] < 0 ? shape.q_len : exact[head];
+    const std::lock_guard lock(counting);
+    auto found = counts.find(site);
+    if (found == counts.end()) found = counts.emplace(site, Counts{}).first;
+    found->second.calls += 1;
+    found->second.rows += heads * shape.q_len;
+    found->second.exact += rows;
 }
 
 } // namespace
 
 // sizes: batch, query heads, query tokens, head_dim, KV heads, KV tokens, how far ahead a query sees (key j is visible
 // to query i iff j <= i + ahead), dtype (0 float32, 1 bfloat16, 2 float16), threads; then the 4 strides of q, k, v and
-// out in elements. flags: one byte for each batch and query head, zero on entry; set for those that are left to the
-// caller. Returns 0, or 1 if there is no memory.
+// out in elements. exact: for each batch and query head, zero on entry: how many of its rows were computed exactly; below
+// zero for those that are left to the caller. site: for whom it is counted, of so many letters. Returns 0, or 1 if there
+// is no memory.
 extern "C" int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale,
-                                     uint8_t* flags) {
+                                     int64_t* exact, const char* site, int64_t letters) {
     const int64_t seen = std::min(sizes[5], sizes[2] + sizes[6]); // no key behind influences anything
     const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], seen, sizes[6], int(sizes[3]), scale};
-    const Arguments arguments{q, k, v, out, sizes + 9, int(sizes[8]), flags};
+    const Arguments arguments{q, k, v, out, sizes + 9, int(sizes[8]), exact};
     const auto typed = sizes[7] == 0 ? run_typed<float> : sizes[7] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
-    return typed(shape, arguments) ? 0 : 1;
+    if (!typed(shape, arguments)) return 1;
+    count({site, size_t(letters)}, shape, exact);
+    return 0;
 }
 
-// How many rows of the output were computed exactly since this was last asked, but for those of flagged heads.
-extern "C" int64_t sagecompile_exact_rows() { return exact_rows.exchange(0); }
+// Calls, rows of the output and those of them that were computed exactly, here or by the caller, of each site so far.
+extern "C" void sagecompile_counts(void (*each)(const char* site, int64_t calls, int64_t rows, int64_t exact)) {
+    Table now;
+    {
+        const std::lock_guard lock(counting);
+        now = counts;
+    }
+    for (const auto& [site, of] : now) each(site.c_str(), of.calls, of.rows, of.exact);
+}

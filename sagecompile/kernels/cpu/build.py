@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from sagecompile.errors import UnsupportedError
-from sagecompile.kernels import compiler
+from sagecompile.kernels import compiler, counts
+from sagecompile.kernels.counts import Counts
 
 SOURCE, OPS = (Path(__file__).with_name(name) for name in ("attention.cpp", "ops.cpp"))
 CPUINFO = Path("/proc/cpuinfo")
@@ -45,7 +46,7 @@ def why_not() -> str | None:
 def function(*extra_flags: str, bf16: bool = True) -> Any:
     """The kernel as a ctypes function, which releases the GIL; UnsupportedError where it cannot be had.
 
-    Its attribute `exact_rows` returns how many rows were computed exactly since it was last called.
+    It counts exact rows by itself, where `counts` reads them.
     """
     reason = why_not()
     if reason is not None:
@@ -55,10 +56,22 @@ def function(*extra_flags: str, bf16: bool = True) -> Any:
     built = compiler.library(SOURCE, "the CPU attention kernel", [*FLAGS, *machine, *extra_flags])
     library = ctypes.CDLL(str(built))
     attention: Any = library.sagecompile_attention
-    attention.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_float, ctypes.c_void_p)
-    attention.exact_rows = library.sagecompile_exact_rows
-    attention.exact_rows.restype = ctypes.c_int64
+    attention.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_float, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
+    counts.of_libraries[str(built)] = partial(_counted, library)
     return attention
+
+
+_EACH = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int64] * 3)
+
+
+def _counted(library: ctypes.CDLL) -> dict[str, Counts]:
+    found: dict[str, Counts] = {}
+
+    def each(site: bytes, *numbers: int) -> None:
+        found[site.decode()] = Counts(*numbers)
+
+    library.sagecompile_counts(_EACH(each))
+    return found
 
 
 def _register_ops(path: Path) -> Any:

@@ -20,7 +20,8 @@
 
 namespace {
 
-int (*kernel)(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale, uint8_t* flags);
+int (*kernel)(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale, int64_t* exact, const char* site,
+              int64_t letters);
 
 constexpr int64_t MAX_HEAD_DIM = 128;  // of the format
 
@@ -42,59 +43,62 @@ bool can_run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std:
 }
 
 // Leaves to Python the heads that INT8 cannot hold.
-void mend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, at::Tensor flags,
+void mend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, at::Tensor exact_rows,
           double scale, bool is_causal, int64_t causal_offset) {
     using Exact = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                        double, bool, int64_t);
     static const auto exact =
         c10::Dispatcher::singleton().findSchemaOrThrow("sagecompile::exact_heads_in_python", "").typed<Exact>();
-    exact.call(q, k, v, out, flags, scale, is_causal, causal_offset);
+    exact.call(q, k, v, out, exact_rows, scale, is_causal, causal_offset);
 }
 
 // False where there is no memory.
 bool attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, double scale,
-            std::optional<int64_t> ahead) {
+            std::optional<int64_t> ahead, std::string_view site) {
     const int64_t all = k.size(2), most = std::min(ahead.value_or(all), all);
     int64_t sizes[9 + 16] = {q.size(0), q.size(1), q.size(2), q.size(3), k.size(1), k.size(2),
                              most, number_of(q.scalar_type()), at::get_num_threads()};
     int64_t* strides = sizes + 9;
     for (const at::Tensor* x : {&q, &k, &v, &out}) strides = std::copy(x->strides().begin(), x->strides().end(), strides);
-    std::vector<uint8_t> flags(q.size(0) * q.size(1));
+    std::vector<int64_t> exact(q.size(0) * q.size(1));
     const auto data = [](const at::Tensor& x) { return const_cast<void*>(x.const_data_ptr()); };
-    if (kernel(data(q), data(k), data(v), out.mutable_data_ptr(), sizes, static_cast<float>(scale), flags.data()) != 0)
+    if (kernel(data(q), data(k), data(v), out.mutable_data_ptr(), sizes, static_cast<float>(scale), exact.data(),
+               site.data(), static_cast<int64_t>(site.size())) != 0)
         return false;
-    if (std::any_of(flags.begin(), flags.end(), [](uint8_t flag) { return flag != 0; }))
-        mend(q, k, v, out, at::from_blob(flags.data(), {q.size(0), q.size(1)}, at::kByte), scale, ahead.has_value(),
+    if (std::any_of(exact.begin(), exact.end(), [](int64_t rows) { return rows < 0; }))
+        mend(q, k, v, out, at::from_blob(exact.data(), {q.size(0), q.size(1)}, at::kLong), scale, ahead.has_value(),
              ahead.value_or(0));
     return true;
 }
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::optional<double> scale,
-                     std::optional<int64_t> ahead, std::string_view format, std::string_view provider, bool tokens_first) {
+                     std::optional<int64_t> ahead, std::string_view format, std::string_view provider, bool tokens_first,
+                     std::string_view site) {
     if (can_run(q, k, v, format, provider) && ahead.value_or(0) >= 0) {
         const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3), all = heads * tokens * head_dim;
         const int64_t head = tokens_first ? head_dim : tokens * head_dim, token = tokens_first ? heads * head_dim : head_dim;
         const auto out = at::empty_strided(q.sizes(), {all, head, token, 1}, q.options());
-        if (attend(q, k, v, out, scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))), ahead)) return out;
+        if (attend(q, k, v, out, scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))), ahead, site)) return out;
     }
     static const auto in_python = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("sagecompile::attention_in_python", "")
                                       .typed<decltype(attention)>();
-    return in_python.call(q, k, v, scale, ahead, format, provider, tokens_first);
+    return in_python.call(q, k, v, scale, ahead, format, provider, tokens_first, site);
 }
 
 void attention_into(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, double scale,
-                    std::optional<int64_t> ahead, std::string_view format, std::string_view provider) {
+                    std::optional<int64_t> ahead, std::string_view format, std::string_view provider,
+                    std::string_view site) {
     const bool can_write = is_plain(out) && out.sizes() == q.sizes() && out.scalar_type() == q.scalar_type();
     if (can_write && ahead.value_or(0) >= 0 && can_run(q, k, v, format, provider) &&
-        attend(q, k, v, out, scale, ahead)) {
+        attend(q, k, v, out, scale, ahead, site)) {
         if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // for whoever saved it for a gradient
         return;
     }
     static const auto in_python = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("sagecompile::attention_into_in_python", "")
                                       .typed<decltype(attention_into)>();
-    in_python.call(q, k, v, out, scale, ahead, format, provider);
+    in_python.call(q, k, v, out, scale, ahead, format, provider, site);
 }
 
 }  // namespace

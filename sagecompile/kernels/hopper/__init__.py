@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import sagecompile.formats as formats
+from sagecompile.kernels import counts
 from sagecompile.kernels.check import check
 from sagecompile.kernels.prologue import Prologue
 
@@ -75,6 +76,7 @@ def attention(
     causal_offset: int = 0,
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
+    site: str = "",
 ) -> None:
     """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i + causal_offset where causal.
 
@@ -89,15 +91,16 @@ def attention(
         q_prepared, k_prepared = prepare(q_prologue, q, variant), prepare(k_prologue, k, variant)
         building = _begin_all(q.shape[3], q.dtype, is_causal, q_prepared.defines, k_prepared.defines)
         if not all(one.done() for one in building):  # meanwhile Triton can build in this thread
-            _exact(q, k, v, out, None, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue)
+            _exact(q, k, v, out, None, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue, site)
         quantized = _quantize(k, v, k_prepared, format)
         attended = _attend(q, k, out, quantized.made, q_prepared, scale, is_causal, ahead, format, overlap=True)
         repeated = _exact(
-            q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue
+            q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue, site
         )
         if library is not None and repeated is not None and not (q_prepared.copied or k_prepared.copied):
             tables = tables_of("q", q_prologue), tables_of("k", k_prologue)
             _leave_plan(library, out, quantized, attended, repeated, *tables)
+            relaunch.count_at(library, q.device.index, site, counts.slot(q.device, site).data_ptr())
 
 
 def _leave_plan(
@@ -110,7 +113,7 @@ def _leave_plan(
     k_tables: Tables,
 ) -> None:
     """For C++, to do the same for tensors alike."""
-    values = repeated.arguments(("q", "k", "v", "out", "flags"), q_tables, k_tables)
+    values = repeated.arguments(("q", "k", "v", "out", "flags", "counts"), q_tables, k_tables)
     exact = relaunch.of_triton(repeated.compiled, repeated.blocks, values, overlap=True)
     if exact is not None:
         own = (
@@ -209,13 +212,14 @@ def _exact(
     ahead: int,
     q_prologue: Prologue | None,
     k_prologue: Prologue | None,
+    site: str = "",
 ) -> Repeated | None:
     """Without flags it is only built."""
     from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
 
     return recompute_flagged(
         q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
-        causal_offset=ahead, q_prologue=q_prologue, k_prologue=k_prologue, overlap=True,
+        causal_offset=ahead, q_prologue=q_prologue, k_prologue=k_prologue, overlap=True, site=site,
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 // In: the arguments of an op, and what Python launched for such ones before: a `Plan`. Out: the op's result, or what its
 // fourth argument holds if it returns nothing. What is not planned goes to Python, by the op of the same name with
 // `_in_python` behind it, which may leave a plan.
-// Tensors are alike if shape, strides, dtype, device and alignment to 16 bytes are, and the other arguments the same.
+// Tensors are alike if shape, strides, dtype, device and alignment to 16 bytes are, and the other arguments the same but
+// for the last, the site's name: all sites share their plans, and Python says once for each where its calls are counted.
 // Neither CUDA's headers nor its libraries are needed: the three functions of the driver and of torch are given.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -50,8 +51,8 @@ int (*launch_kernel)(const Config*, void* function, void** parameters, void** ex
 int (*current_context)(void** context);                                                 // cuCtxGetCurrent
 int (*current_stream)(int32_t device, void** stream);                                   // of torch
 
-// What an address is of: the op's tensors by their place in its schema, then what a call makes.
-enum Tensors { OP_TENSORS = 7, OUT = OP_TENSORS, TILES, FLAGS, ALL };
+// What an address is of: the op's tensors by their place in its schema, then what a call makes, and its site's counts.
+enum Tensors { OP_TENSORS = 7, OUT = OP_TENSORS, TILES, FLAGS, COUNTS, ALL };
 
 struct Address {
     uint32_t offset, tensor;
@@ -84,6 +85,7 @@ struct Hash {
 constexpr size_t MOST_PLANS = 4096;  // when there are more, all are forgotten
 std::shared_mutex mutex;
 std::unordered_map<Key, Shared, Hash> plans;
+std::unordered_map<Key, void*, Hash> counts;  // by device and site
 thread_local Shared left;  // by Python, in the call that is under way
 
 Shared find(const Key& key) {
@@ -116,6 +118,19 @@ void add_string(const std::string& text, Key& key) {
     }
 }
 
+Key key_of_site(int64_t device, const std::string& site) {
+    Key key = {device};
+    add_string(site, key);
+    return key;
+}
+
+void* find_counts(const at::Tensor& q, const std::string& site) {
+    const Key key = key_of_site(q.get_device(), site);
+    std::shared_lock lock(mutex);
+    const auto found = counts.find(key);
+    return found == counts.end() ? nullptr : found->second;
+}
+
 // What a plan depends on. Empty if there can be none: Python says what is wrong.
 Key key_of(const c10::OperatorHandle& op, c10::ArrayRef<c10::IValue> arguments) {
     Key key;
@@ -142,7 +157,7 @@ Key key_of(const c10::OperatorHandle& op, c10::ArrayRef<c10::IValue> arguments) 
     return key;
 }
 
-at::Tensor run(const Plan& plan, c10::ArrayRef<c10::IValue> arguments, bool into) {
+at::Tensor run(const Plan& plan, c10::ArrayRef<c10::IValue> arguments, bool into, void* counts) {
     const auto& q = arguments[0].toTensor();
     const c10::DeviceGuard guard(q.device());
     const auto bytes = q.options().dtype(at::kByte);
@@ -154,6 +169,7 @@ at::Tensor run(const Plan& plan, c10::ArrayRef<c10::IValue> arguments, bool into
     addresses[OUT] = out.mutable_data_ptr();
     addresses[TILES] = tiles.mutable_data_ptr();
     addresses[FLAGS] = flags.mutable_data_ptr();
+    addresses[COUNTS] = counts;
     void* stream = nullptr;
     TORCH_CHECK(current_stream(q.get_device(), &stream) == 0, "sagecompile: no current stream on ", q.device());
     for (const Launch& launch : plan.launches) {
@@ -176,11 +192,12 @@ void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const auto arguments = torch::jit::last(*stack, count);
     void* context = nullptr;  // a thread that is new to CUDA has none; Python gets it one
     const bool can_launch = current_context && current_context(&context) == 0 && context;
-    Key key = key_of(op, arguments);
+    Key key = key_of(op, arguments.slice(0, count - 1));
     const Shared plan = can_launch && !key.empty() ? find(key) : nullptr;
-    if (plan) {
+    void* const counts = plan ? find_counts(arguments[0].toTensor(), arguments[count - 1].toStringRef()) : nullptr;
+    if (counts) {
         const bool into = op.schema().returns().empty();
-        auto out = run(*plan, arguments, into);
+        auto out = run(*plan, arguments, into, counts);
         torch::jit::drop(*stack, count);
         if (!into)
             torch::jit::push(*stack, std::move(out));
@@ -220,6 +237,12 @@ void sagecompile_add(
     (*static_cast<std::shared_ptr<Plan>*>(plan))->launches.push_back({
         function, config, {bytes, byte_count},
         {parameters, parameters + parameter_count}, {addresses, addresses + address_count}});
+}
+
+// Where the calls of a site are counted on a device.
+void sagecompile_count_at(int device, const char* site, void* address) {
+    std::unique_lock lock(mutex);
+    counts[key_of_site(device, site)] = address;
 }
 
 // For the op's call that is under way on this thread, and those like it.

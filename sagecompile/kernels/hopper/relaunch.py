@@ -29,8 +29,8 @@ from .runtime import DRIVER, Kernel, parameter_sizes, tells_parameters
 logger = logging.getLogger("sagecompile")
 
 SOURCE = Path(__file__).with_name("relaunch.cpp")
-TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags")
-"""By their number in relaunch.cpp: the ops' arguments, then what a call makes."""
+TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags", "counts")
+"""By their number in relaunch.cpp: the ops' arguments, then what a call makes, and its site's counts."""
 
 _kept: dict[int, Any] = {}
 """Kernels of Triton by CUDA's handle, as it unloads one that nobody has."""
@@ -115,6 +115,11 @@ class Plan:
         self._library.sagecompile_forget(self._plan)
 
 
+def count_at(library: Any, device: int, site: str, address: int) -> None:
+    """From now on C++ launches calls of this site, which differ from those of others in the address of the counts."""
+    library.sagecompile_count_at(device, site.encode(), address)
+
+
 def _load(path: Path) -> Any:
     cuda = ctypes.CDLL(str(compiler.TORCH / "lib" / "libtorch_cuda.so"))
     return load(path, ctypes.CDLL(DRIVER), cuda.aoti_torch_get_current_cuda_stream)
@@ -130,6 +135,7 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
     library.sagecompile_add.argtypes = (
         c_void_p, c_void_p, *(c_uint32,) * 3, c_int, c_char_p, c_uint32, *(c_void_p, c_uint32) * 2,
     )  # fmt: skip
+    library.sagecompile_count_at.argtypes = (c_int, c_char_p, c_void_p)
     library.sagecompile_leave.argtypes = library.sagecompile_forget.argtypes = (c_void_p,)
     library.sagecompile_functions(*(ctypes.cast(function, c_void_p) for function in functions))
     return library

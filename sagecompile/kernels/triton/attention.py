@@ -61,7 +61,15 @@ _P_SHIFT = tl.constexpr(8.0)
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool, format: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    format: str,
+    site: str = "",
 ) -> None:
     """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
 
@@ -71,7 +79,7 @@ def attention(
     with torch.cuda.device_of(q):
         quantized = quantize(q, k, v, scale=scale, fp8=format == "qk_int8_pv_fp8")
         flags = _launch(quantized, out, k.shape, is_causal=is_causal, format=format)
-        recompute_flagged(q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal)
+        recompute_flagged(q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal, site=site)
 
 
 def _launch(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from sagecompile.kernels import counts
 from sagecompile.kernels.prologue import ROPES, Prologue, table_strides
 
 LOG2E = 1.4426950408889634
@@ -52,7 +53,8 @@ class Repeated(NamedTuple):
     """By Triton."""
     blocks: int
     arguments: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[Any, ...]]
-    """Of q, k, v, out and flags, and of the weight, cos and sin of q and of k: the tensors, or what stands for them."""
+    """Of q, k, v, out, flags and counts, and of the weight, cos and sin of q and of k: the tensors, or what stands for
+    them."""
 
 
 def recompute_flagged(
@@ -69,6 +71,7 @@ def recompute_flagged(
     q_prologue: Prologue | None = None,
     k_prologue: Prologue | None = None,
     overlap: bool = False,
+    site: str = "",
 ) -> Repeated | None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read,
     its weight, cos and sin with adjacent channels, cos and sin with the same strides.
@@ -77,6 +80,7 @@ def recompute_flagged(
     Without flags nothing is launched: the kernel that some would need is built.
     A flag makes its whole tile exact, see Tile. Causal rows see the keys j <= i + causal_offset.
     overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
+    site: under which name the call and its exact rows are counted, see counts.slot.
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
     Returns what was launched, on a GPU.
     """
@@ -103,11 +107,13 @@ def recompute_flagged(
     blocks = min(tiles, PROGRAMS)
     how = {"num_warps": warps, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
     with torch.cuda.device_of(q):
+        counted = counts.slot(q.device, site)
         if flags is None:
             flags = torch.empty(expected, dtype=torch.int32, device=q.device)
-            _attend_flagged.warmup(*arguments((q, k, v, out, flags), q_tables, k_tables), grid=(blocks,), **how)
+            given = arguments((q, k, v, out, flags, counted), q_tables, k_tables)
+            _attend_flagged.warmup(*given, grid=(blocks,), **how)
             return None
-        compiled = _attend_flagged[(blocks,)](*arguments((q, k, v, out, flags), q_tables, k_tables), **how)
+        compiled = _attend_flagged[(blocks,)](*arguments((q, k, v, out, flags, counted), q_tables, k_tables), **how)
     return None if compiled is None else Repeated(compiled, blocks, arguments)
 
 
@@ -169,7 +175,7 @@ def _weights(W, columns, head_dim, NORM: tl.constexpr):
 # One is built for nearly all shapes; strides and head_dim are multiples of 16, which whole vectors need to know.
 @triton.jit(do_not_specialize=["tiles", "q_heads", "group", "q_len", "kv_len", "ahead"])
 def _attend_flagged(
-    Q, K, V, OUT, FLAGS, tiles, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
+    Q, K, V, OUT, FLAGS, COUNTS, tiles, scale_log2e, q_heads, group, q_len, kv_len, ahead, head_dim,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
     Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn, k_eps,
@@ -177,10 +183,17 @@ def _attend_flagged(
     FLAG_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: any; a program looks at the tiles of rows pid, pid + grid, ..., AT_ONCE of them with one load."""
+    """Grid: any; a program looks at the tiles of rows pid, pid + grid, ..., AT_ONCE of them with one load.
+
+    COUNTS: to the calls, rows and exact rows there are added those of this one.
+    """
     if OVERLAP:
         gdc_wait()
     programs = tl.num_programs(0)
+    row_tiles = tl.cdiv(q_len, ROWS)
+    if tl.program_id(0) == 0:
+        tl.atomic_add(COUNTS, 1, sem="relaxed")
+        tl.atomic_add(COUNTS + 1, (tiles // row_tiles).to(tl.int64) * q_len, sem="relaxed")
     for start in tl.range(tl.program_id(0), tiles, programs * AT_ONCE):
         mine = start + tl.arange(0, AT_ONCE) * programs
         if tl.max(_flags(FLAGS, mine, tiles, group, q_len, FLAG_ROWS, ROWS), 0) != 0:
@@ -193,6 +206,7 @@ def _attend_flagged(
                         Q_W, Q_COS, Q_SIN, stride_qtb, stride_qtn, q_eps, K_W, K_COS, K_SIN, stride_ktb, stride_ktn,
                         k_eps, Q_NORM, Q_ROPE, K_NORM, K_ROPE, IS_CAUSAL, COLUMNS, ROWS, KEYS, STAGES,
                     )  # fmt: skip
+                    tl.atomic_add(COUNTS + 2, tl.minimum(q_len - tile % row_tiles * ROWS, ROWS), sem="relaxed")
 
 
 @triton.jit
