@@ -259,6 +259,8 @@ def _site_limits(site: AttentionSite) -> Iterator[str]:
 
 def _provider_limit(site: AttentionSite, row: Provider) -> str | None:
     """What this provider cannot do."""
+    if site.head_dim > row.max_head_dim:
+        return f"head_dim {site.head_dim}: needs at most {row.max_head_dim}"
     if site.mask.is_causal and not site.mask.is_plain and not row.causal_offset:
         return f"mask {site.mask}: {row.name} needs none or causal"
     return None
@@ -268,8 +270,6 @@ def _format_limit(site: AttentionSite, row: Format, device: Device) -> str | Non
     """What this format cannot do."""
     if site.dtype not in row.dtypes:
         return f"dtype {site.dtype}: needs {', '.join(row.dtypes)}"
-    if site.head_dim > row.max_head_dim:
-        return f"head_dim {site.head_dim}: needs at most {row.max_head_dim}"
     capability = device.compute_capability
     if capability is not None and capability < row.compute_capability:
         return (

@@ -15,31 +15,32 @@ class Format:
 
     name: str
     summary: str
-    max_head_dim: int
-    """Head dims up to this one; those between the native ones are padded inside the kernel."""
-    native_head_dims: tuple[int, ...]
     dtypes: tuple[str, ...]
     """Of q, k and v, which must agree, and of the result."""
     compute_capability: tuple[int, int]
     """The least one, on CUDA devices."""
-    masks: tuple[str, ...]
-    causal_alignments: tuple[str, ...]
-    """`top_left` is SDPA's: query i sees keys j <= i, also when the lengths differ."""
-    cuda_graphs: bool
-    """Whether it can be captured in a CUDA graph (a provider may still be unable to)."""
     error_bound: float
     """Relative L2 error against float64 for N(0,1) q, k, v with a bias of 3 on every channel of k."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Who runs a format."""
+    """Who runs a format, and what of it: `decide` reads every column, `sagecompile doctor` shows them.
+
+    Its module has `attention`, see kernels.launcher, and may have `refusal(site, format, cuda_graphs)`: why it cannot
+    run a site here, or None.
+    """
 
     name: str
     summary: str
+    module: str
     devices: tuple[str, ...]
     """Device types that `decide` offers it on."""
     formats: tuple[str, ...]
+    package: str
+    """What must be installed."""
+    head_dims: tuple[int, ...] = (64, 96, 128)
+    """That it runs as they are, rising; others up to the last one it pads."""
     compute_capability: tuple[int, int] | None = None
     """The only one of CUDA devices that it runs on; None: all of its formats' own."""
     beats: tuple[str, ...] = ()
@@ -50,16 +51,17 @@ class Provider:
     """Whether it can apply RMSNorm and RoPE to Q and K as it reads them, see kernels/prologue.py."""
     causal_offset: bool = False
     """Whether query i can be made to see the keys j <= i + an offset, as where a prompt's earlier part is cached."""
+    cuda_graphs: bool = True
+    """Whether its calls can be captured in a CUDA graph."""
+    trial_tokens: int | None = 200
+    """Of the trial before it is used on a machine, by default not a whole number of blocks; None: there is no trial."""
+
+    @property
+    def max_head_dim(self) -> int:
+        return self.head_dims[-1]
 
 
-_COMMON = {
-    "max_head_dim": 128,
-    "native_head_dims": (64, 96, 128),
-    "dtypes": ("float16", "bfloat16", "float32"),
-    "masks": ("none",),
-    "causal_alignments": ("top_left",),
-    "cuda_graphs": True,
-}
+DTYPES = ("float16", "bfloat16", "float32")
 
 FORMATS: dict[str, Format] = {
     row.name: row
@@ -67,16 +69,16 @@ FORMATS: dict[str, Format] = {
         Format(
             name="qk_int8_pv_fp16",
             summary="INT8 QK^T with smoothed K, PV in 16 bits: accurate",
+            dtypes=DTYPES,
             compute_capability=(8, 0),
             error_bound=0.02,
-            **_COMMON,  # type: ignore[arg-type]
         ),
         Format(
             name="qk_int8_pv_fp8",
             summary="INT8 QK^T with smoothed K, PV in FP8 (e4m3): fast",
+            dtypes=DTYPES,
             compute_capability=(8, 9),
             error_bound=0.045,
-            **_COMMON,  # type: ignore[arg-type]
         ),
     )
 }
@@ -87,21 +89,45 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "hopper",
             "our CUDA C++ kernels for compute capability 9.0",
+            "sagecompile.kernels.hopper",
             ("cuda",),
             tuple(FORMATS),
-            (9, 0),
+            package="triton",  # its exact rows are Triton's
+            compute_capability=(9, 0),
             beats=("triton", "sageattention"),
             prologues=True,
             causal_offset=True,
         ),
-        Provider("triton", "our Triton kernels", ("cuda",), tuple(FORMATS)),
-        Provider("sageattention", "the installed sageattention package", ("cuda",), tuple(FORMATS)),
-        Provider("cpu", "our C++ kernel for AVX-512 VNNI", ("cpu",), ("qk_int8_pv_fp16",), causal_offset=True),
+        Provider("triton", "our Triton kernels", "sagecompile.kernels.triton", ("cuda",), tuple(FORMATS), "triton"),
+        Provider(
+            "sageattention",
+            "the installed sageattention package",
+            "sagecompile.kernels.sageattention",
+            ("cuda",),
+            tuple(FORMATS),
+            "sageattention",
+            cuda_graphs=False,
+            trial_tokens=256,  # it is used on whole blocks only
+        ),
+        Provider(
+            "cpu",
+            "our C++ kernel for AVX-512 VNNI",
+            "sagecompile.kernels.cpu",
+            ("cpu",),
+            ("qk_int8_pv_fp16",),
+            "torch",
+            head_dims=(64, 96, 128, 256),
+            causal_offset=True,
+        ),
         Provider(
             "reference",
             "plain torch: the specification, not fast",
+            "sagecompile.ops.reference",
             ("cpu",),
             tuple(FORMATS),
+            "torch",
+            head_dims=(64, 96, 128, 256),
+            trial_tokens=None,
             may_win=False,
             prologues=True,
             causal_offset=True,
@@ -112,8 +138,8 @@ PROVIDERS: dict[str, Provider] = {
 
 def fuses(alternative: tuple[str, str], head_dim: int) -> bool:
     """Whether a (format, provider) does the prologues of q and k too: where it need not pad the head dim."""
-    format, provider = alternative
-    return PROVIDERS[provider].prologues and head_dim in FORMATS[format].native_head_dims
+    row = PROVIDERS[alternative[1]]
+    return row.prologues and head_dim in row.head_dims
 
 
 def fusing_devices(may_win: bool) -> frozenset[str]:

@@ -33,10 +33,10 @@ class Mask:
         return self.tensor is None and (self.ahead is None or (isinstance(self.ahead, int) and self.ahead == 0))
 
     def keys(self, q_len: int, kv_len: int) -> float:
-        """That a query sees on average, of lengths and bounds that are numbers."""
+        """That a query sees on average, of lengths and bounds that are numbers; half of them in a causal square."""
         if self.ahead is None:
             return kv_len
-        first, last = (min(kv_len, query + self.ahead + 1) for query in (0, q_len - 1))
+        first, last = min(kv_len, self.ahead), min(kv_len, self.ahead + q_len)
         return float(first + last) / 2
 
     def __and__(self, other: Mask) -> Mask:

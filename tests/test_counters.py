@@ -77,7 +77,9 @@ class TestCounts:
         """But for the rest of 12 queries, as it judges so many together."""
         given = [x.to(dtype) for x in shares_of_hard_keys()]
         for provider in ("cpu", "reference"):
-            ops.attention(*given, **HOW | {"ahead": 0 if is_causal else None}, provider=provider, site=f"{site}.{provider}")
+            ops.attention(
+                *given, **HOW | {"ahead": 0 if is_causal else None}, provider=provider, site=f"{site}.{provider}"
+            )
         kernel, specified = (sagecompile.exact_rows()[f"{site}.{provider}"] for provider in ("cpu", "reference"))
         assert kernel[:2] == specified[:2] == (1, 1200)
         assert 0.5 * 1200 < specified.exact <= kernel.exact + 60 and kernel.exact <= specified.exact + 120

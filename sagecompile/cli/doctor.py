@@ -9,7 +9,10 @@ import argparse
 import datetime
 import json
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sagecompile.formats import Provider
 
 HELP = "what this machine can run, and why not"
 
@@ -60,7 +63,8 @@ def _examine_device(name: str) -> dict[str, Any]:
         for provider in PROVIDERS.values():
             if device.type in provider.devices and format.name in provider.formats:
                 reason = _why_not(name, format.name, provider.name)
-                rows.append({"format": format.name, "provider": provider.name, "works": reason is None, "why": reason})
+                row = {"format": format.name, "provider": provider.name, "works": reason is None, "why": reason}
+                rows.append(row | {"does": _abilities(provider)})
     return {
         "device": name,
         "name": device.name,
@@ -70,6 +74,12 @@ def _examine_device(name: str) -> dict[str, Any]:
         "slow_launches": relaunch.why_not() if device.slow_launches else None,
         "formats": rows,
     }
+
+
+def _abilities(provider: Provider) -> dict[str, Any]:
+    """What `decide` asks of it."""
+    names = ("head_dims", "causal_offset", "prologues", "cuda_graphs", "may_win")
+    return {name: getattr(provider, name) for name in names}
 
 
 def _why_not(device: str, format: str, provider: str) -> str | None:
@@ -113,7 +123,17 @@ def render(found: dict[str, Any]) -> str:
             lines.append("  in CUDA graphs does policy=auto go by a shipped profile")
         lines.append(f"  {device['measured']} measurements that hold for these versions")
         lines += [
-            f"  {row['format']:15} {row['provider']:13} {'works' if row['works'] else 'no: ' + row['why']}"
+            f"  {row['format']:15} {row['provider']:13} {_said(row['does']) if row['works'] else 'no: ' + row['why']}"
             for row in device["formats"]
         ]
     return "\n".join(lines)
+
+
+def _said(does: dict[str, Any]) -> str:
+    """`works: head_dim up to 128, causal behind a context, norm and RoPE of q and k`."""
+    able = [f"head_dim up to {does['head_dims'][-1]}"]
+    able += ["causal behind a context"] if does["causal_offset"] else []
+    able += ["norm and RoPE of q and k"] if does["prologues"] else []
+    able += [] if does["cuda_graphs"] else ["not in CUDA graphs"]
+    able += [] if does["may_win"] else ["never chosen by policy=auto"]
+    return f"works: {', '.join(able)}"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from sagecompile.formats import fuses
+from sagecompile.formats import PROVIDERS, fuses
 from sagecompile.mask import CAUSAL
 from sagecompile.site import AttentionSite, Prologue
 
@@ -53,7 +53,7 @@ def race(
     q, calls = _contestants(site, alternatives, fusing, ops)
     kept = _memory_at_hand(q) if site.device_type == "cpu" else None
     here = torch.cuda.device(site.device) if site.device_type == "cuda" else nullcontext()
-    uncaptured = {" ".join(alternative) for alternative in alternatives if alternative[1] == "sageattention"}
+    uncaptured = {" ".join(alternative) for alternative in alternatives if not PROVIDERS[alternative[1]].cuda_graphs}
     if launches is None or site.device_type == "cpu":
         ops.settle()
     with here, torch.autocast(site.device_type, enabled=False):

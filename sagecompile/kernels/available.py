@@ -21,16 +21,10 @@ from sagecompile.formats import FORMATS, PROVIDERS, beats, fuses
 from sagecompile.site import AttentionSite, Device
 from sagecompile.site import Prologue as Made
 
-from . import launcher
+from . import launcher, module
 from .prologue import Prologue, example
 
 logger = logging.getLogger("sagecompile")
-
-PACKAGES = {"cpu": "torch", "hopper": "triton", "reference": "torch"}
-"""What a provider needs, where that is not the package of its own name: hopper's exact rows are Triton's."""
-
-TRIAL_TOKENS = 200
-"""Of the trial: not a whole number of any kernel's blocks, so that tails are tried too."""
 
 
 def device(name: str) -> Device:
@@ -83,29 +77,39 @@ def _cpu_name() -> str:
     return f"{name} ({kind})" if kind else name
 
 
-def version(provider: str) -> str | None:
-    """Of the package that a provider needs, None if it is not installed."""
+def version(package: str) -> str | None:
+    """None if it is not installed."""
     try:
-        return metadata.version(PACKAGES.get(provider, provider))
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
 def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
     """Why this provider cannot run this site in this format here, or None if it can."""
-    if provider == "reference":
+    row = PROVIDERS[provider]
+    if version(row.package) is None:
+        return f"{row.package} not installed: pip install {row.package}"
+    capability = device(site.device).compute_capability
+    if row.compute_capability not in (None, capability):
+        shown = [
+            "none" if found is None else f"{found[0]}.{found[1]}" for found in (capability, row.compute_capability)
+        ]
+        return f"compute capability {shown[0]}: {provider} needs {shown[1]}"
+    own = getattr(module(provider), "refusal", None)
+    if own is not None and (reason := own(site, format, cuda_graphs)) is not None:
+        return str(reason)
+    if site.head_dim > row.max_head_dim:
+        return f"head_dim {site.head_dim}: needs at most {row.max_head_dim}"
+    if row.trial_tokens is None:
         return None
-    if version(provider) is None:
-        package = PACKAGES.get(provider, provider)
-        return f"{package} not installed: pip install {package}"
-    limit = _limit(site, format, provider, cuda_graphs)
-    if limit is not None:
-        return limit
-    if site.head_dim > FORMATS[format].max_head_dim:
-        return f"head_dim {site.head_dim}: needs at most {FORMATS[format].max_head_dim}"
-    padded = min(d for d in FORMATS[format].native_head_dims if d >= site.head_dim)
+    padded = min(d for d in row.head_dims if d >= site.head_dim)
     prologues = site.prologues if site.prologues and fuses((format, provider), site.head_dim) else None
     return _tried(provider, format, site.device, padded, site.dtype, site.mask.is_causal, prologues)
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
 def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]:
@@ -119,50 +123,6 @@ def runners(site: AttentionSite, *, slow: bool = False) -> list[tuple[str, str]]
             if (slow or not beaten) and refusal(site, format, provider.name, cuda_graphs=False) is None:
                 found.append((format, provider.name))
     return found
-
-
-def _limit(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
-    """What the table, or a provider itself, says before any trial."""
-    needed = PROVIDERS[provider].compute_capability
-    if needed is not None and (found := device(site.device).compute_capability) != needed:
-        shown = "none" if found is None else f"{found[0]}.{found[1]}"
-        return f"compute capability {shown}: {provider} needs {needed[0]}.{needed[1]}"
-    if provider == "cpu":
-        from . import cpu
-
-        return cpu.why_not()
-    return _sageattention_limit(site, format, cuda_graphs) if provider == "sageattention" else None
-
-
-def _sageattention_limit(site: AttentionSite, format: str, cuda_graphs: bool) -> str | None:
-    from . import sageattention
-
-    found, text = _sageattention_installed()
-    if found is None:
-        return f"sageattention cannot be imported: {text}"
-    capability = device(site.device).compute_capability
-    assert capability is not None
-    return sageattention.refusal(
-        found,
-        format,
-        site.head_dim,
-        site.batch,
-        site.q_len,
-        site.kv_len,
-        site.heads,
-        site.kv_heads,
-        site.mask.is_causal,
-        site.dtype,
-        capability,
-        cuda_graphs,
-    )
-
-
-@cache
-def _sageattention_installed() -> tuple[str | None, str]:
-    from . import sageattention
-
-    return sageattention.installed()
 
 
 _NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -218,7 +178,8 @@ def _trial_error(
     prologues: tuple[Made, Made] | None,
 ) -> float:
     generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay as they are
-    tokens = 256 if provider == "sageattention" else TRIAL_TOKENS  # that package is used on whole blocks only
+    tokens = PROVIDERS[provider].trial_tokens
+    assert tokens is not None
     shape = (3, 1, 2, tokens, head_dim)
     q, k, v = torch.randn(shape, generator=generator).to(where, getattr(torch, dtype))
     out = torch.empty_like(q)

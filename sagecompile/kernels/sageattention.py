@@ -9,9 +9,12 @@ main branch of its repository (https://github.com/thu-ml/SageAttention). Both we
 
 import importlib
 import importlib.metadata
+from functools import cache
 
 import torch
 from torch._library.custom_ops import CustomOpDef
+
+from sagecompile.site import AttentionSite
 
 CAPABILITY = (9, 0)
 """Where both versions were compared with float64 attention."""
@@ -51,11 +54,27 @@ def installed() -> tuple[str | None, str]:
     return version, f"sageattention {version} without the fixed Hopper binding"
 
 
-def refusal(
+def refusal(site: AttentionSite, format: str, cuda_graphs: bool) -> str | None:
+    """Why this site must not go to the installed package, or None."""
+    found, text = _installed_once()
+    if found is None:
+        return f"sageattention cannot be imported: {text}"
+    return refusal_of(
+        found, format, site.head_dim, site.batch, site.q_len, site.kv_len, site.heads, site.kv_heads,
+        site.mask.is_causal, site.dtype, torch.cuda.get_device_capability(site.device), cuda_graphs,
+    )  # fmt: skip
+
+
+@cache
+def _installed_once() -> tuple[str | None, str]:
+    return installed()
+
+
+def refusal_of(
     version: str, format: str, head_dim: int, batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int,
     is_causal: bool, dtype: str, capability: tuple[int, int], cuda_graphs: bool,
 ) -> str | None:  # fmt: skip
-    """Why this call must not go to the package, or None. Lengths are only compared, so they may be symbolic."""
+    """Why this call must not go to this version, or None. Lengths are only compared, so they may be symbolic."""
     name = f"sageattention {version}"
     head_dims: tuple[int, ...]
     dtypes: tuple[str, ...]

@@ -14,7 +14,6 @@ Query i sees the keys j <= i + ahead, if that is a number: 0 is SDPA's `is_causa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,8 +24,6 @@ from sagecompile import kernels
 from sagecompile.errors import UnsupportedError
 from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.kernels.prologue import ROPES, Prologue
-
-from . import reference
 
 _HOW = 'float? scale, SymInt? ahead, str format, str provider, bool tokens_first, str site=""'
 SCHEMAS = {
@@ -62,8 +59,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, format: str, provi
         raise UnsupportedError(f"q, k and v of {shapes}: need (B, H, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, D)")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise UnsupportedError(f"{q.shape[1]} query heads on {k.shape[1]} KV heads: needs a multiple")
-    if q.shape[3] > FORMATS[format].max_head_dim:
-        raise UnsupportedError(f"head_dim {q.shape[3]}: {format} needs at most {FORMATS[format].max_head_dim}")
+    if q.shape[3] > PROVIDERS[provider].max_head_dim:
+        raise UnsupportedError(f"head_dim {q.shape[3]}: {provider} needs at most {PROVIDERS[provider].max_head_dim}")
     dtypes = FORMATS[format].dtypes
     if not (q.dtype == k.dtype == v.dtype) or str(q.dtype).removeprefix("torch.") not in dtypes:
         raise UnsupportedError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: needs one of {', '.join(dtypes)} on all three")
@@ -120,11 +117,6 @@ def _empty(q: torch.Tensor, tokens_first: bool) -> torch.Tensor:
     return q.new_empty((batch, heads, q_len, head_dim))
 
 
-def launcher(provider: str) -> Callable[..., None]:
-    """`kernels.launcher`'s, or the reference."""
-    return reference.attention if provider == "reference" else kernels.launcher(provider)
-
-
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -166,7 +158,7 @@ def _launch(
         how["causal_offset"] = ahead
     autocast = torch.is_autocast_enabled(q.device.type)
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        launcher(provider)(q, k, v, out, **how)
+        kernels.launcher(provider)(q, k, v, out, **how)
 
 
 @torch.library.impl(library, "attention", "CompositeExplicitAutograd")

@@ -16,6 +16,7 @@ from support import exact_attention, relative_error
 import sagecompile.cli.bench.attention as bench_attention
 import sagecompile.cli.bench.flash_attention_3 as fa3
 import sagecompile.cli.bench.kernel_only as kernel_only
+from sagecompile import formats
 from sagecompile.cli import main
 from sagecompile.cli.bench.attention import attention_rows, error_against_float64, quantization_row
 from sagecompile.cli.bench.measure import Measurement
@@ -209,6 +210,9 @@ def provider(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, f"sagecompile.kernels.{name}", module)
+    for name in ("good", "broken", "whole", "missing"):
+        row = dataclasses.replace(formats.PROVIDERS["cpu"], name=name, module=f"sagecompile.kernels.{name}", devices=())
+        monkeypatch.setitem(formats.PROVIDERS, name, row)
 
 
 @pytest.mark.usefixtures("provider")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sagecompile import formats
 from sagecompile.errors import UnsupportedError
-from sagecompile.kernels import available, hopper
+from sagecompile.kernels import available, hopper, sageattention
 from sagecompile.kernels.cpu import build
 from sagecompile.kernels.hopper import runtime
 from sagecompile.ops import reference
@@ -121,7 +121,7 @@ def test_a_hopper_gpu_without_a_compiler_is_refused_with_what_to_install(monkeyp
 def test_a_package_that_cannot_be_imported_gives_its_message(monkeypatch):
     monkeypatch.setattr(available, "version", lambda provider: "1.0.6")
     text = "libcudart.so.13: cannot open shared object file"
-    monkeypatch.setattr(available, "_sageattention_installed", lambda: (None, text))
+    monkeypatch.setattr(sageattention, "_installed_once", lambda: (None, text))
     reason = available.refusal(SITE, "qk_int8_pv_fp16", "sageattention", cuda_graphs=False)
     assert reason == f"sageattention cannot be imported: {text}"
 

@@ -43,7 +43,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_name_the_value_seen_and_needed(case):
     version, changed, reason = REFUSED[case]
-    refusal = sageattention.refusal(version, **{**ACCEPTED, **changed})
+    refusal = sageattention.refusal_of(version, **{**ACCEPTED, **changed})
     assert refusal is not None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(refusal)
@@ -60,7 +60,7 @@ def test_refusals_name_the_value_seen_and_needed(case):
     ],
 )
 def test_accepted(version, changed):
-    assert sageattention.refusal(version, **{**ACCEPTED, **changed}) is None
+    assert sageattention.refusal_of(version, **{**ACCEPTED, **changed}) is None
 
 
 def test_missing_package_keeps_the_import_error(monkeypatch):
@@ -106,7 +106,7 @@ class TestPackage:
             "dtype": str(q.dtype).removeprefix("torch."),
             "capability": torch.cuda.get_device_capability(), "cuda_graphs": False,
         }  # fmt: skip
-        refusal = sageattention.refusal(version, **facts)
+        refusal = sageattention.refusal_of(version, **facts)
         if refusal:
             pytest.skip(refusal)
         before, out = k.clone(), torch.full_like(q, float("nan"))

@@ -271,7 +271,7 @@ BAD = {
     "rank": ({}, lambda: [x[0] for x in inputs()], "each needs 4"),
     "shapes": ({}, lambda: [inputs()[0], *inputs(kv_len=9)[1:2], inputs()[2]], r"need \(B, H, Nq, D\)"),
     "heads": ({}, lambda: inputs(heads=3, kv_heads=2), "3 query heads on 2 KV heads: needs a multiple"),
-    "head dim": ({}, lambda: inputs(dim=256), "head_dim 256: qk_int8_pv_fp16 needs at most 128"),
+    "head dim": ({}, lambda: inputs(dim=264), "head_dim 264: reference needs at most 256"),
     "dtype": ({}, lambda: [x.double() for x in inputs()], "needs one of float16, bfloat16, float32"),
     "mixed dtypes": ({}, lambda: [inputs()[0].half(), *inputs()[1:]], "on all three"),
 }

@@ -104,7 +104,7 @@ def enter(shape: Shape, qkv: QKV, kernel_only: bool, reference: bool, with_flash
 
 def _say_who_cannot_be_taken_apart(device: torch.device) -> None:
     for provider in PROVIDERS.values():
-        if device.type in provider.devices and provider.name != "reference" and offered(provider.name) is None:
+        if device.type in provider.devices and provider.may_win and offered(provider.name) is None:
             say(provider.name, "left out: it does not offer quantize and attend apart")
 
 

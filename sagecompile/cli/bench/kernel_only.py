@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from sagecompile import kernels
 
 from .measure import Call, measure, or_left_out
 
@@ -37,14 +38,14 @@ def take_apart(
     """By `format provider`, for those of `runners` (format, provider) that offer it."""
     found = {}
     for format, provider in runners:
-        kernels = offered(provider)
-        if kernels is None:
+        module = offered(provider)
+        if module is None:
             continue
-        quantize = partial(kernels.quantize, k, v, format=format)
+        quantize = partial(module.quantize, k, v, format=format)
         how = {"scale": q.shape[3] ** -0.5, "is_causal": is_causal, "format": format}
         with or_left_out(f"{format} {provider}"):
             quantized = quantize()
-            attend = partial(_attend, kernels.attend, (q, k, v, quantized, torch.empty_like(q)), how)
+            attend = partial(_attend, module.attend, (q, k, v, quantized, torch.empty_like(q)), how)
             found[f"{format} {provider}"] = Apart(attend, quantize, least_bytes(k, v, quantized, format))
     return found
 
@@ -57,13 +58,11 @@ def _attend(attend: Any, tensors: tuple[Any, ...], how: dict[str, Any]) -> torch
 
 def offered(provider: str) -> Any | None:
     """The provider's module if it has both functions."""
-    if provider == "reference":  # plain torch: no module among the kernels
-        return None
     try:
-        kernels = import_module(f"sagecompile.kernels.{provider}")
+        found = kernels.module(provider)
     except ImportError:  # a package that it needs is missing: `sagecompile doctor` says which
         return None
-    return kernels if hasattr(kernels, "quantize") and hasattr(kernels, "attend") else None
+    return found if hasattr(found, "quantize") and hasattr(found, "attend") else None
 
 
 def least_bytes(k: torch.Tensor, v: torch.Tensor, quantized: Any, format: str) -> int:

@@ -14,15 +14,20 @@ import torch
 from sagecompile.formats import PROVIDERS
 from sagecompile.kernels.check import check
 from sagecompile.kernels.sdpa import sdpa
+from sagecompile.site import AttentionSite
 
 from .build import OPS_LIBRARY, function, why_not
 
-__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "why_not"]
+__all__ = ["FORMATS", "MAX_HEAD_DIM", "attention", "refusal", "why_not"]
 
-FORMATS = PROVIDERS["cpu"].formats
-MAX_HEAD_DIM = 256
+FORMATS, MAX_HEAD_DIM = PROVIDERS["cpu"].formats, PROVIDERS["cpu"].max_head_dim
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refusal(site: AttentionSite, format: str, cuda_graphs: bool) -> str | None:
+    """Why this CPU cannot run it, whatever the site; None if it can."""
+    return why_not()
 
 
 def attention(

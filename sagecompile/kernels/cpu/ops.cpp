@@ -23,7 +23,7 @@ namespace {
 int (*kernel)(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale, int64_t* exact, const char* site,
               int64_t letters);
 
-constexpr int64_t MAX_HEAD_DIM = 128;  // of the format
+constexpr int64_t MAX_HEAD_DIM = 256;
 
 int64_t number_of(at::ScalarType dtype) {
     return dtype == at::kFloat ? 0 : dtype == at::kBFloat16 ? 1 : dtype == at::kHalf ? 2 : -1;
