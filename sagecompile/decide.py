@@ -6,7 +6,7 @@ In: an AttentionSite, the settings, what is known about the device. Out: Use(...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .cost import NEAR, Alternative, Measures, Prediction, predict, shown
@@ -74,6 +74,32 @@ CanRun = Callable[[AttentionSite, str, str], str | None]
 """(site, format, provider) to None if that provider can run it, else the reason why not."""
 
 
+def legal(site: AttentionSite, device: Device, formats: Sequence[str]) -> tuple[list[Use], list[str]]:
+    """What could replace the call, in the order of the formats and of the table; and why nothing else could.
+
+    Facts alone: neither what is faster, nor whether a kernel can be built here. Without a candidate there is a reason.
+    """
+    for refusal in _site_limits(site):
+        return [], [refusal]
+    candidates: list[Use] = []
+    limits: list[str] = []
+    for name in formats:
+        if limit := _format_limit(site, FORMATS[name], device):
+            limits.append(limit)
+            continue
+        for provider in PROVIDERS.values():
+            if name not in provider.formats or not _is_for(provider, device):
+                continue
+            if limit := _provider_limit(site, provider):
+                limits.append(limit)
+            else:
+                fused = site.prologue if site.prologues and fuses((name, provider.name), site.head_dim) else ""
+                candidates.append(Use(name, provider.name, fused=fused))
+    if not candidates and not limits:
+        limits = [f"device {device.type}: no provider runs on it"]
+    return candidates, list(dict.fromkeys(limits))
+
+
 def decide(
     site: AttentionSite,
     device: Device,
@@ -89,36 +115,10 @@ def decide(
     """
     if settings.policy == "never":
         return Keep("policy=never: set sage.policy to auto or always")
-    for refusal in _site_limits(site):
-        return Keep(refusal)
-    auto = settings.policy == "auto"
-    if auto and not isinstance(site.head_dim, int):
-        return Keep(f"head_dim {site.head_dim}: needs a number, as after torch._dynamo.mark_static(q, 3)")
-    lost = local.loss(site) if auto and local else None
-    if lost is not None:
-        return Keep(lost)
-    refusals: list[str] = []
-    never_wins: dict[str, str] = {}
-    candidates: list[Use] = []
-    known = local.recall(site) if auto and local else {}
-    for name in settings.formats:
-        limit = _format_limit(site, FORMATS[name], device)
-        if limit:
-            refusals.append(limit)
-            continue
-        for provider in PROVIDERS.values():
-            if name not in provider.formats or not _is_for(provider, device):
-                continue
-            limit = _provider_limit(site, provider)
-            if limit:
-                refusals.append(limit)
-            elif auto and not provider.may_win:
-                never_wins[name] = provider.name
-            else:
-                wanted = (site, name, provider.name, device, settings.min_speedup, cuda_graphs)
-                prediction = known.get((name, provider.name)) or (predict(*wanted) if auto else None)
-                fused = site.prologue if site.prologues and fuses((name, provider.name), site.head_dim) else ""
-                candidates.append(Use(name, provider.name, prediction, fused))
+    if settings.policy == "auto" and not isinstance(site.head_dim, int):
+        wanted = f"head_dim {site.head_dim}: needs a number, as after torch._dynamo.mark_static(q, 3)"
+        return Keep(next(_site_limits(site), wanted))
+    candidates, refusals = legal(site, device, settings.formats)
     refused: dict[Alternative, str | None] = {}
 
     def runs(use: Use) -> bool:
@@ -127,24 +127,29 @@ def decide(
             refused[use.alternative] = can_run(site, use.format, use.provider)
         return refused[use.alternative] is None
 
-    if auto:
-        chosen = _fastest(candidates, site, device, settings, runs, local)
+    never_wins: list[Use] = []
+    if settings.policy == "always" or not candidates:
+        chosen: Decision | None = next(filter(runs, candidates), None)
+    elif local and (lost := local.loss(site)) is not None:
+        return Keep(lost)
     else:
-        chosen = next(filter(runs, candidates), None)
+        never_wins = [use for use in candidates if not PROVIDERS[use.provider].may_win]
+        known = local.recall(site) if local else {}
+
+        def predicted(use: Use) -> Use:
+            wanted = (site, use.format, use.provider, device, settings.min_speedup, cuda_graphs)
+            return replace(use, prediction=known.get(use.alternative) or predict(*wanted))
+
+        may_win = [predicted(use) for use in candidates if use not in never_wins]
+        chosen = _fastest(may_win, site, device, settings, runs, local)
     if isinstance(chosen, Use):
         return chosen
     refusals += [reason for reason in refused.values() if reason is not None]
     refusals += [chosen.reason] if chosen else []
-    refusals += [f"device {device.type}: {_no_candidate(never_wins)}"] if not refusals else []
+    if not refusals:
+        slow = " and ".join(f"{use.format} by {use.provider}" for use in never_wins)
+        refusals = [f"device {device.type}: only {slow}, which never wins: sage.policy=always uses it"]
     return Keep("; ".join(dict.fromkeys(refusals)))
-
-
-def _no_candidate(never_wins: Mapping[str, str]) -> str:
-    """`never_wins`: by format the provider that runs it, but slowly."""
-    if not never_wins:
-        return "no provider runs on it"
-    runs = " and ".join(f"{format} by {provider}" for format, provider in never_wins.items())
-    return f"only {runs}, which never wins: sage.policy=always uses it"
 
 
 def _is_for(provider: Provider, device: Device) -> bool:

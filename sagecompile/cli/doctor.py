@@ -84,16 +84,14 @@ def _abilities(provider: Provider) -> dict[str, Any]:
 
 def _why_not(device: str, format: str, provider: str) -> str | None:
     """Try one ordinary attention call: 1024 tokens, 16 heads of 128, bfloat16."""
-    from sagecompile.decide import Keep, decide
+    from sagecompile.decide import legal
     from sagecompile.kernels import available
-    from sagecompile.settings import Settings
     from sagecompile.site import AttentionSite
 
     site = AttentionSite("doctor", "", "sdpa", 1, 16, 16, 1024, 1024, 128, 128, "bfloat16", device)
-    anyone = Settings(policy="always", formats=(format,))
-    decision = decide(site, available.device(device), anyone, lambda site, format, provider: None)
-    if isinstance(decision, Keep):  # the format itself cannot
-        return decision.reason
+    candidates, limits = legal(site, available.device(device), (format,))
+    if not candidates:  # the format itself cannot
+        return "; ".join(limits)
     return available.refusal(site, format, provider, cuda_graphs=False)
 
 

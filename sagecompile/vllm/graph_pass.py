@@ -7,14 +7,14 @@ our sources and settings, by which vLLM's and Inductor's caches know what was co
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch.fx import Graph
 
 from sagecompile import report
-from sagecompile.decide import Decision, Keep, Use, decide
+from sagecompile.decide import Keep, Use, legal
 from sagecompile.kernels import available
 from sagecompile.passes import vllm as vllms_graph
 from sagecompile.report import Entry
@@ -73,10 +73,12 @@ def _entry(layer: Any, device: str) -> Entry:
     nor whether it wins, as lengths are not known: the op goes by both for each request.
     """
     site = site_of(layer, device)
-    legal = replace(settings(), policy="never" if settings().policy == "never" else "always")
-    found = decide(replace(site, q_len=1024, kv_len=1024), available.device(device), legal, lambda *_: None)
-    decision: Decision = found if isinstance(found, Keep) else ByRequest(found.format, found.provider)
-    return Entry(site, decision)
+    candidates, limits = legal(site, available.device(device), settings().formats)
+    if settings().policy == "never":
+        return Entry(site, Keep("policy=never: set SAGECOMPILE_POLICY to auto or always"))
+    if not candidates:
+        return Entry(site, Keep("; ".join(limits)))
+    return Entry(site, ByRequest(candidates[0].format, candidates[0].provider))
 
 
 def _may_be_split() -> bool:
