@@ -90,10 +90,15 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         for name, value in environ.items()
         if name.startswith(ENVIRONMENT_PREFIX) and value  # an empty one is as none
     }
+    names = ", ".join(ENVIRONMENT_PREFIX + field.name.upper() for field in fields(Settings))
+    for name in values:
+        if name not in Settings.__dataclass_fields__:
+            raise OptionError(
+                f"unknown variable {ENVIRONMENT_PREFIX}{name.upper()} in the environment; known are {names}"
+            )
     try:
         return Settings().updated(values, "")
     except OptionError as error:
-        names = ", ".join(ENVIRONMENT_PREFIX + field.name.upper() for field in fields(Settings))
         raise OptionError(f"{error} (from the environment, where the names are {names})") from None
 
 
@@ -101,10 +106,13 @@ def resolve(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]
     """Split torch.compile's options into our settings (over the environment's) and Inductor's options, untouched."""
     ours, inductors = {}, {}
     for name, value in (options or {}).items():
+        if not isinstance(name, str):
+            raise OptionError(f"option {name!r}: names are text, such as {OPTION_PREFIX}policy")
+        plain = name.removeprefix("sage").lstrip("._-")
         if name.startswith(OPTION_PREFIX):
             ours[name[len(OPTION_PREFIX) :]] = value
-        elif name in Settings.__dataclass_fields__:  # Inductor has no option of these names
-            raise OptionError(f"unknown option {name}; write {OPTION_PREFIX}{name}")
+        elif plain in Settings.__dataclass_fields__:  # Inductor has no option of these names
+            raise OptionError(f"unknown option {name}; write {OPTION_PREFIX}{plain}")
         else:
             inductors[name] = value
     return from_environment().updated(ours, OPTION_PREFIX), inductors

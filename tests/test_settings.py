@@ -38,6 +38,9 @@ def test_formats_as_text_or_sequence(given):
             r"unknown option sage\.polcy; known are sage\.policy, sage\.formats, sage\.min_speedup",
         ),
         ({"policy": "always"}, r"unknown option policy; write sage\.policy"),
+        ({"sage_policy": "always"}, r"unknown option sage_policy; write sage\.policy"),
+        ({"sage-min_speedup": 2}, r"unknown option sage-min_speedup; write sage\.min_speedup"),
+        ({1: 2}, r"option 1: names are text, such as sage\.policy"),
         ({"sage.policy": "allways"}, "'allways'; it can be auto, always, never"),
         ({"sage.formats": "fp4"}, "'fp4'; known formats are qk_int8_pv_fp16, qk_int8_pv_fp8"),
         ({"sage.formats": []}, "empty; name at least one of qk_int8_pv_fp16"),
@@ -60,5 +63,7 @@ def test_an_empty_environment_variable_is_as_none():
 
 
 def test_unknown_environment_variable_lists_the_known():
-    with pytest.raises(OptionError, match="SAGECOMPILE_POLICY, SAGECOMPILE_FORMATS, SAGECOMPILE_MIN_SPEEDUP"):
+    with pytest.raises(
+        OptionError, match="unknown variable SAGECOMPILE_POLCY .*SAGECOMPILE_POLICY, SAGECOMPILE_FORMATS"
+    ):
         settings.from_environment({"SAGECOMPILE_POLCY": "auto"})
