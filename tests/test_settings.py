@@ -64,6 +64,6 @@ def test_an_empty_environment_variable_is_as_none():
 
 def test_unknown_environment_variable_lists_the_known():
     with pytest.raises(
-        OptionError, match="unknown variable SAGECOMPILE_POLCY .*SAGECOMPILE_POLICY, SAGECOMPILE_FORMATS"
+        OptionError, match=r"unknown variable SAGECOMPILE_POLCY .*SAGECOMPILE_POLICY, SAGECOMPILE_FORMATS"
     ):
         settings.from_environment({"SAGECOMPILE_POLCY": "auto"})
