@@ -254,7 +254,7 @@ def _site_limits(site: AttentionSite) -> Iterator[str]:
     if site.dropout_p != 0.0:
         yield f"dropout_p {site.dropout_p:g}: needs 0 (model.eval())"
     if site.mask.tensor is not None:
-        yield f"mask {site.mask}: needs none, or one that the graph shows to be causal"
+        yield f"mask {site.mask.tensor}: needs none, or one that the graph shows to be causal"
     if site.value_dim != site.head_dim:
         yield f"value head_dim {site.value_dim}: needs q's and k's, {site.head_dim}"
     for what, size in (("batch", site.batch), ("heads", site.heads), ("q_len", site.q_len), ("kv_len", site.kv_len)):

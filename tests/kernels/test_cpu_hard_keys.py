@@ -161,8 +161,9 @@ def test_a_nan_leaves_the_basis_of_its_group_alone(pv):
     """One query head holds a NaN: the other of its group is as accurate as without, on keys that need the balance."""
     q, k, v = hard_inputs("a channel of K times 60", 300, 64, 2, 1)
     expected = exact_attention(q, k, v)
+    before = relative_error(attend(q, k, v)[:, 1], expected[:, 1])
     q[0, 0, 0, 5], q[0, 0, 20] = float("nan"), float("inf")
-    assert relative_error(attend(q, k, v)[:, 1], expected[:, 1]) <= 0.01
+    assert relative_error(attend(q, k, v)[:, 1], expected[:, 1]) <= 1.2 * before <= 0.02
 
 
 def test_a_real_kind_of_model(pv):

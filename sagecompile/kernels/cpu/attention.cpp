@@ -225,8 +225,17 @@ INLINE __m512 rotate_lanes(__m512 x) {
     return step(x, _mm512_shuffle_f32x4(x, x, 0x4E), 0xFF00);
 }
 
-// VECTORS x 16 floats times the factors, then a Hadamard matrix, in place and in registers.
-template <int VECTORS> INLINE void rotate_block(float* row, const float* factors) {
+// The larger of `most` and |x|, compared as integers: they are ordered alike, and NaN and Inf are the largest.
+INLINE __m512i larger(__m512i most, __m512 x) {
+    return _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+}
+
+INLINE float largest_of(__m512i most) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most))));
+}
+
+// VECTORS x 16 floats times the factors, then a Hadamard matrix, in place and in registers. The largest then.
+template <int VECTORS> INLINE __m512i rotate_block(float* row, const float* factors) {
     __m512 x[VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < VECTORS; ++i) {
@@ -242,24 +251,33 @@ template <int VECTORS> INLINE void rotate_block(float* row, const float* factors
             x[i + step] = _mm512_sub_ps(first, second);
         }
     }
+    __m512i most = _mm512_setzero_si512();
 #pragma GCC unroll 16
-    for (int i = 0; i < VECTORS; ++i) _mm512_store_ps(row + 16 * i, x[i]);
+    for (int i = 0; i < VECTORS; ++i) {
+        _mm512_store_ps(row + 16 * i, x[i]);
+        most = larger(most, x[i]);
+    }
+    return most;
 }
 
 // The largest power of two in `width`, a multiple of 16: the first part of it that is rotated.
 INLINE int first_part(int width) { return 1 << (31 - __builtin_clz(width)); }
 
-// `width` floats times the factors, then rotated: each part, and what is mixed of two.
-inline void rotate(float* row, int width, const float* factors) {
-    const int part = first_part(width), rest = width - part;
+inline __m512i rotate_part(float* row, int part, const float* factors) {
     switch (part / 16) {
-    case 1: rotate_block<1>(row, factors); break;
-    case 2: rotate_block<2>(row, factors); break;
-    case 4: rotate_block<4>(row, factors); break;
-    case 8: rotate_block<8>(row, factors); break;
-    default: rotate_block<16>(row, factors);
+    case 1: return rotate_block<1>(row, factors);
+    case 2: return rotate_block<2>(row, factors);
+    case 4: return rotate_block<4>(row, factors);
+    case 8: return rotate_block<8>(row, factors);
+    default: return rotate_block<16>(row, factors);
     }
-    if (rest == 0) return;
+}
+
+// `width` floats times the factors, then rotated: each part, and what is mixed of two. The largest then.
+inline __m512i rotate(float* row, int width, const float* factors) {
+    const int part = first_part(width), rest = width - part;
+    __m512i most = rotate_part(row, part, factors);
+    if (rest == 0) return most;
     rotate(row + part, rest, factors + part);
     const int next = first_part(rest);
     const __m512 half = _mm512_set1_ps(0.70710678f);
@@ -268,29 +286,24 @@ inline void rotate(float* row, int width, const float* factors) {
         _mm512_store_ps(x, _mm512_mul_ps(_mm512_add_ps(end, other), half));
         _mm512_store_ps(x + next, _mm512_mul_ps(_mm512_sub_ps(end, other), half));
     }
+    most = _mm512_setzero_si512();
+    for (int d = 0; d < width; d += 16) most = larger(most, _mm512_load_ps(row + d));
+    return most;
 }
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// The larger of `most` and every |x|, compared as integers: they are ordered alike, and NaN and Inf are the largest.
-INLINE __m512i largest(const float* x, int width, __m512i most) {
-    for (int d = 0; d < width; d += 16) {
-        const __m512i bits = _mm512_and_si512(_mm512_load_si512(x + d), _mm512_set1_epi32(0x7FFFFFFF));
-        most = _mm512_max_epi32(most, bits);
-    }
-    return most;
-}
-
-INLINE float largest_of(__m512i most) {
-    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most))));
-}
-
-// `width` floats to INT8, every byte then XORed with `flip`; each 16 lie `apart` bytes after the last.
-INLINE void quantize(const float* x, int width, float inverse, uint8_t flip, uint8_t* to, int apart) {
+// `width` floats to INT8, every byte then XORed with `flip`; each 16 lie `apart` bytes after the last. Returns the sum of
+// their squares in units of INT8, before they are rounded.
+INLINE float quantize(const float* x, int width, float inverse, uint8_t flip, uint8_t* to, int apart) {
+    __m512 squares = _mm512_setzero_ps();
     for (int d = 0; d < width; d += 16, to += apart) {
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + d), _mm512_set1_ps(inverse)));
+        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(x + d), _mm512_set1_ps(inverse));
+        squares = _mm512_fmadd_ps(scaled, scaled, squares);
+        const __m512i rounded = _mm512_cvtps_epi32(scaled);
         _mm_store_si128((__m128i*)to, _mm_xor_si128(_mm512_cvtsepi32_epi8(rounded), _mm_set1_epi8(flip)));
     }
+    return _mm512_reduce_add_ps(squares);
 }
 
 // ---- The packed K and V ---------------------------------------------------------------------------------------------
@@ -404,6 +417,33 @@ struct Packed {
     float* factors; // of each channel, before it is rotated: of Q, then of K
 };
 
+// 2^x; -inf gives 0, and 0 exactly 1, so that what shrinks by it time and again stays as it is. Relative error 9e-5, below bfloat16's 2e-3: a polynomial of degree 3 on the fraction,
+// fitted to the least relative error, and the whole part added to the exponent.
+INLINE __m512 exp2(__m512 x) {
+    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 power = _mm512_set1_ps(0.07706708f);
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.22764495f));
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.6951168f));
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(power, x);
+}
+
+// The logarithm to base 2 of a positive number, up to 0.09 too small.
+INLINE __m512 log2(__m512 x) {
+    const __m512 mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    return _mm512_add_ps(_mm512_getexp_ps(x), _mm512_sub_ps(mantissa, _mm512_set1_ps(1.0f)));
+}
+
+// `size` with the sign that each of the 16 channels from d on has: the parity of the sum of bit 2i times bit 2i + 1.
+INLINE __m512 signed_size(int d, float size) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i channel = _mm512_add_epi32(lane, _mm512_set1_epi32(d));
+    __m512i bits = _mm512_and_si512(_mm512_and_si512(channel, _mm512_srli_epi32(channel, 1)), _mm512_set1_epi32(0x55));
+    bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 4));
+    bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 2)); // bit 0: the parity of bits 0, 2, 4 and 6
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_slli_epi32(bits, 31), _mm512_castps_si512(_mm512_set1_ps(size))));
+}
+
 // The mean of up to about 256 tokens of K, evenly spread: any vector does, softmax does not see it.
 template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t head) {
     const Shape& shape = to.shape;
@@ -422,16 +462,20 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
     }
 }
 
-// Mean squares of channels of up to SAMPLE of `count` tokens, evenly spread, less `mean`. What is no number, or one
-// that has no square, counts as 0.
+// Logarithms to base 2 of mean squares of channels of up to SAMPLE of `count` tokens, evenly spread, less `mean`. What is
+// no number, or one that has no square, counts as 0.
 template <class Token>
-INLINE void find_squares(const Shape& shape, int64_t count, Token read, const float* mean, float* squares) {
+INLINE void find_sizes(const Shape& shape, int64_t count, Token read, const float* mean, float* squares) {
     const int width = shape.k_width();
-    const int64_t sample = std::min<int64_t>(SAMPLE, count);
+    const int64_t sample = std::min<int64_t>(SAMPLE, count), step = count / sample, more = count % sample;
     std::fill_n(squares, width, 0.0f);
-    for (int64_t i = 0; i < sample; ++i) {
+    for (int64_t i = 0, n = 0, left = 0; i < sample; ++i, n += step, left += more) { // n: i * count / sample
+        if (left >= sample) {
+            left -= sample;
+            ++n;
+        }
         alignas(64) float row[MAX_DIM];
-        read(i * count / sample, row);
+        read(n, row);
         for (int d = 0; d < width; d += 16) {
             const __m512 x = _mm512_sub_ps(_mm512_load_ps(row + d), _mm512_load_ps(mean + d));
             const __mmask16 fine = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0x1p55f), _CMP_LE_OQ);
@@ -445,7 +489,7 @@ INLINE void find_squares(const Shape& shape, int64_t count, Token read, const fl
     for (int d = 0; d < width; d += 16) {
         const __m512 least = _mm512_set1_ps(largest * LEAST_SQUARE), x = _mm512_load_ps(squares + d);
         const __m512 mean = _mm512_div_ps(_mm512_max_ps(x, least), _mm512_set1_ps(float(sample)));
-        _mm512_store_ps(squares + d, largest > 0x1p-100f ? mean : _mm512_set1_ps(1.0f));
+        _mm512_store_ps(squares + d, log2(largest > 0x1p-100f ? mean : _mm512_set1_ps(1.0f)));
     }
 }
 
@@ -457,23 +501,29 @@ template <class T> void find_factors(const Packed& to, const Tensor<T>& q, const
     const int width = shape.k_width();
     alignas(64) float of_q[MAX_DIM], of_k[MAX_DIM], zeros[MAX_DIM] = {};
     const auto read = [&](const Tensor<T>& x, const T* token, float* row) { x.read(token, shape.dim, width, row); };
-    find_squares(shape, group * shape.q_len, [&](int64_t n, float* row) {
-        read(q, q.token(batch, kv_head * group + n / shape.q_len, n % shape.q_len), row);
+    int64_t q_head = kv_head * group, begin = 0; // of this head's queries, among those of the group
+    find_sizes(shape, group * shape.q_len, [&](int64_t n, float* row) {
+        for (; n - begin >= shape.q_len; begin += shape.q_len) ++q_head;
+        read(q, q.token(batch, q_head, n - begin), row);
     }, zeros, of_q);
-    find_squares(shape, shape.kv_len, [&](int64_t n, float* row) {
+    find_sizes(shape, shape.kv_len, [&](int64_t n, float* row) {
         read(k, k.token(batch, kv_head, n), row);
     }, to.k_mean(head), of_k);
-    float ratios[MAX_DIM], mean = 0.0f; // logarithms to base 2
-    for (int d = 0; d < shape.dim; ++d) mean += ratios[d] = 0.25f * (std::log2(of_k[d]) - std::log2(of_q[d]));
-    mean /= shape.dim;
-    for (int d = 0, end = 0, part = 0; d < width; ++d) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int d = 0; d < shape.dim; d += 16) {
+        const __m512 ratio = _mm512_sub_ps(_mm512_load_ps(of_k + d), _mm512_load_ps(of_q + d));
+        sum = _mm512_mask_add_ps(sum, first(std::max(shape.dim - d, 0)), sum, ratio);
+    }
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / shape.dim);
+    for (int d = 0, end = 0, part = 0; d < width; d += 16) {
         if (d == end) end += part = first_part(width - d);
-        const float size = 1.0f / std::sqrt(float(part));
-        const float sign = __builtin_popcount(d & d >> 1 & 0x5555) % 2 ? -size : size;
-        const float exponent = d < shape.dim ? ratios[d] - mean : 0.0f;
-        const float ratio = std::fabs(exponent) > LEAST_EXPONENT ? std::exp2(exponent) : 1.0f;
-        to.q_factors(head)[d] = sign * ratio;
-        to.k_factors(head)[d] = sign / ratio;
+        const __m512 difference = _mm512_sub_ps(_mm512_load_ps(of_k + d), _mm512_load_ps(of_q + d));
+        const __m512 exponent = _mm512_mul_ps(_mm512_set1_ps(0.25f), _mm512_sub_ps(difference, mean));
+        const __mmask16 far = _mm512_cmp_ps_mask(_mm512_abs_ps(exponent), _mm512_set1_ps(LEAST_EXPONENT), _CMP_GT_OQ);
+        const __m512 ratio = exp2(_mm512_maskz_mov_ps(far & first(std::max(shape.dim - d, 0)), exponent));
+        const __m512 size = signed_size(d, 1.0f / std::sqrt(float(part)));
+        _mm512_storeu_ps(to.q_factors(head) + d, _mm512_mul_ps(size, ratio));
+        _mm512_storeu_ps(to.k_factors(head) + d, _mm512_div_ps(size, ratio));
     }
 }
 
@@ -526,8 +576,7 @@ template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t he
         for (int d = 0; d < width; d += 16) {
             _mm512_store_ps(rows[n] + d, _mm512_sub_ps(_mm512_load_ps(rows[n] + d), _mm512_load_ps(mean + d)));
         }
-        rotate(rows[n], width, to.k_factors(head));
-        most = largest(rows[n], width, most);
+        most = _mm512_max_epi32(most, rotate(rows[n], width, to.k_factors(head)));
     }
     for (int n = count; n < padded; ++n) std::fill_n(rows[n], width, 0.0f);
     const float amax = std::max(largest_of(most), SMALLEST_AMAX);
@@ -556,9 +605,9 @@ template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t he
             const T* const token = v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i);
             v.prefetch(token, shape.dim);
             v.read(token, n + i < count ? shape.dim : 0, width, rows[i]);
-            most = largest(rows[i], width, most);
             for (int d = 0; d < width; d += 16) {
                 const __m512 x = _mm512_load_ps(rows[i] + d);
+                most = larger(most, x);
                 squares = _mm512_fmadd_ps(x, x, squares);
             }
         }
@@ -580,18 +629,6 @@ template <class T> void pack(const Packed& to, const Tensor<T>& k, const Tensor<
 }
 
 // ---- Attention of one block of queries ------------------------------------------------------------------------------
-
-// 2^x for x <= 0 (and the little above that rounding leaves); -inf gives 0, and 0 exactly 1, so that what shrinks by it
-// time and again stays as it is. Relative error 9e-5, below bfloat16's 2e-3: a polynomial of degree 3 on the fraction,
-// fitted to the least relative error, and the whole part added to the exponent.
-INLINE __m512 exp2(__m512 x) {
-    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 power = _mm512_set1_ps(0.07706708f);
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.22764495f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.6951168f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(power, x);
-}
 
 // The state of up to MAX_QUERIES queries.
 struct Block {
@@ -662,16 +699,9 @@ float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T*
         alignas(64) float row[MAX_DIM];
         q.prefetch(token, shape.dim);
         q.read(token, n < count ? shape.dim : 0, width, row);
-        rotate(row, width, factors);
-        const float amax = std::max(largest_of(largest(row, width, _mm512_setzero_si512())), SMALLEST_AMAX);
+        const float amax = std::max(largest_of(rotate(row, width, factors)), SMALLEST_AMAX);
         if (!(amax <= FLT_MAX)) return INFINITY;
-        quantize(row, width, sign * 127.0f / amax, 0x80, (uint8_t*)block.q[n], 16);
-        __m512 squares = _mm512_setzero_ps();
-        for (int d = 0; d < width; d += 16) {
-            const __m512 x = _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_set1_ps(127.0f / amax));
-            squares = _mm512_fmadd_ps(x, x, squares);
-        }
-        block.square[n] = _mm512_reduce_add_ps(squares);
+        block.square[n] = quantize(row, width, sign * 127.0f / amax, 0x80, (uint8_t*)block.q[n], 16);
         block.factor[n] = amax / 127.0f * std::fabs(shape.scale) * LOG2_E;
         steepest = std::max(steepest, block.factor[n]);
     }
