@@ -112,6 +112,24 @@ def test_window_and_full_attention_in_turn(device):
     assert error <= TOLERANCE[ACCURATE]
 
 
+@pytest.mark.parametrize("dynamic", [False, None], ids=["fixed", "automatic"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prompt_in_chunks(implementation, dynamic, device):
+    """Through a cache that grows: each chunk is causal behind what is cached, a number or a symbol."""
+    model, ids = zoo.build("llama", implementation).to(device), text(device)["input_ids"]
+    cache, backend = transformers.DynamicCache(config=model.config), Rewriter()
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, past_key_values=cache, use_cache=True).logits
+
+    torch._dynamo.reset()
+    chunk = torch.compile(logits, backend=backend, dynamic=dynamic)
+    actual = torch.cat([chunk(part) for part in ids.split(LENGTH // 4, 1)], 1)
+    assert relative_error(actual, model(ids).logits) <= TOLERANCE[ACCURATE]
+    masks = {str(entry.site.mask) for entry in backend.report.used}
+    assert backend.report.kept == () and "causal" in masks and f"causal + {LENGTH // 4}" in masks
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_attention_weights_that_are_returned(name, device):
     model = zoo.build(name, "eager").to(device)
