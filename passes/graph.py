@@ -6,6 +6,7 @@ that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -225,7 +226,11 @@ class Builder:
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         args, kwargs = fx.map_arg((args, kwargs), lambda node: self.replaced.get(node, node))
         with self.graph.inserting_before(self.anchor):
-            node = self.graph.call_function(function, args, kwargs)
+            # What C wrote has no module, by which AOTAutograd's cache would know it: a method by its name has.
+            if isinstance(function, types.MethodDescriptorType):
+                node = self.graph.call_method(function.__name__, args, kwargs)
+            else:
+                node = self.graph.call_function(function, args, kwargs)
         node.meta.update(self.metadata)
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
         # Dynamo's own mode: the one that is current while a backend runs is another.

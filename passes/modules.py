@@ -36,8 +36,8 @@ LAYER_ARGUMENTS = (
     "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
 ).split()
 
-KEY_PADDING = 1
-"""The `mask_type` of a native call's mask (batch, tokens); that of others is (tokens, tokens) of each head."""
+OF_TOKENS = (0, 2)
+"""The `mask_type` of a native call's mask that ends in (tokens, tokens); 1 is one of (batch, tokens), None an error."""
 
 
 def _bind(node: fx.Node, names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
 
 def _native_mask(args: dict[str, Any], query: torch.Tensor | None, key: torch.Tensor | None) -> Mask:
     """Of torch's native calls; what is not 0 in their mask is masked, also in one of floats."""
-    if args["mask"] is not None and args["mask_type"] == KEY_PADDING:
+    if args["mask"] is not None and args["mask_type"] not in OF_TOKENS:
         return Mask(tensor=masks.describe(args["mask"]))
     assert query is not None and key is not None
     return masks.read(args["mask"], query.shape[1], key.shape[1], true_means_masked=True)

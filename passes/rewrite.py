@@ -61,7 +61,7 @@ def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node], nodes:
         "format": use.format,
         "provider": use.provider,
         "tokens_first": match.tokens_first,
-        "site": match.site.name,
+        "site": match.site.label,
     }
 
     def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:

@@ -33,6 +33,7 @@ ENOUGH_CALLS = 20
 class _Used(NamedTuple):
     """A site that was chosen for a speed-up, without its symbols, which would keep their graph."""
 
+    label: str
     name: str
     shape: str
     device_type: str
@@ -48,10 +49,14 @@ os.register_at_fork(after_in_child=_used.clear)
 def exact_rows() -> dict[str, Counts]:
     """By the name of each site that ran in this process: (calls, rows, exact rows), of all devices together.
 
-    It waits for the devices. Replays of CUDA graphs count. Sites of the same name are counted together; what
-    `sageattention` runs is not counted.
+    It waits for the devices. Replays of CUDA graphs count. Sites of the same name are added up; what `sageattention`
+    runs is not counted.
     """
-    return counts.read(wait=True)
+    found: dict[str, Counts] = {}
+    for label, counted in counts.read(wait=True).items():
+        name = label.partition("\t")[0]
+        found[name] = counted.plus(found.get(name, Counts()))
+    return found
 
 
 def watch(report: Report, local: Callable[[str], Local]) -> None:
@@ -61,7 +66,7 @@ def watch(report: Report, local: Callable[[str], Local]) -> None:
         site, use = entry.site, entry.decision
         if isinstance(use, Use) and use.prediction is not None:
             key = local(site.device).key_of_loss(site)
-            used = _Used(site.name, site.shape, site.device_type, use.prediction.speedup, key)
+            used = _Used(site.label, site.name, site.shape, site.device_type, use.prediction.speedup, key)
             _used[json.dumps(key, sort_keys=True)] = used
 
 
@@ -76,7 +81,7 @@ def look() -> None:
 
 def _look(counted: Mapping[str, Counts]) -> None:
     for key, used in list(_used.items()):
-        calls, rows, exact = counted.get(used.name, Counts())
+        calls, rows, exact = counted.get(used.label, Counts())
         if calls < ENOUGH_CALLS or used.speedup <= 1 or exact * COST[used.device_type] <= rows * (1 - 1 / used.speedup):
             continue
         del _used[key]

@@ -36,8 +36,8 @@ class Mask:
         """That a query sees on average, of lengths and bounds that are numbers; half of them in a causal square."""
         if self.ahead is None:
             return kv_len
-        first, last = min(kv_len, self.ahead), min(kv_len, self.ahead + q_len)
-        return float(first + last) / 2
+        rising = min(max(kv_len - self.ahead, 0), q_len)  # rows that see more keys than the one before
+        return float(rising * (self.ahead + rising / 2) + (q_len - rising) * kv_len) / q_len
 
     def __and__(self, other: Mask) -> Mask:
         """What both let through; bounds that are not both numbers must read the same."""

@@ -87,6 +87,11 @@ class AttentionSite:
         return f"{self.batch}x{heads}x{length}x{self.head_dim}"
 
     @property
+    def label(self) -> str:
+        """What its calls are counted under: its name, and what else tells it from sites of the same name."""
+        return f"{self.name}\t{self.source}\t{self.shape}"
+
+    @property
     def prologue(self) -> str:
         """Both in words: `QK-norm and RoPE`, `Q-norm and Q-RoPE`; "" if there are none."""
         found = dict(zip("QK", self.prologues or (), strict=False))

@@ -138,6 +138,28 @@ class TestCounts:
         found = sagecompile.exact_rows()
         assert [found[which] for which in names] == [(1, 400, 400), (1, 400, 0)]
 
+    @needs_kernel
+    def test_a_forked_child_counts_anew(self, site):
+        """While another thread counts: the child neither waits for it nor has its parent's counts."""
+        given, stop = [torch.randn(1, 2, 9, 64) for _ in range(3)], threading.Event()
+
+        def count():
+            while not stop.is_set():
+                ops.attention(*given, **HOW, provider="cpu", site=site)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        try:
+            for _ in range(20):
+                child = os.fork()
+                if child == 0:
+                    os._exit(7 if site in counts.read() else 0)
+                assert os.waitpid(child, 0)[1] == 0
+        finally:
+            stop.set()
+            thread.join()
+        assert sagecompile.exact_rows()[site].calls > 0
+
     def test_more_sites_than_there_are_slots(self, monkeypatch):
         monkeypatch.setattr(counts, "_slots", {})
         monkeypatch.setattr(counts, "_buffers", {})
@@ -212,6 +234,17 @@ class TestLoss:
         assert self.name in line and "(1x4/2x90x72): 100% of its rows" in line and "3.00x" in line
         assert "`sagecompile calibrate --again` forgets" in line
 
+    def test_two_functions_of_one_name_are_judged_apart(self, times, caplog):
+        """Outside of modules all sites have the same name."""
+        easy, hard = (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True) for _ in range(2))
+        self.run(easy, "a channel of K times 3", times=30)
+        self.run(hard, "scores of 200", times=30, tokens=TOKENS + 10)
+        counters.look()
+        (line,) = said(caplog)
+        assert f"x{TOKENS + 10}x" in line
+        assert "3.00x predicted" in self.run(easy, "a channel of K times 3").reason
+        assert "exact rows" in self.run(hard, "scores of 200", tokens=TOKENS + 10).reason
+
     def test_it_is_kept_in_another_process_and_only_there_where_it_lost(self, model, times, monkeypatch):
         self.run(model, "scores of 200")
         counters.look()
@@ -247,7 +280,7 @@ class TestLoss:
         """At 2x half the rows, on a GPU a quarter, may be exact."""
         for device, exact, loses in (("cpu", 50, False), ("cpu", 51, True), ("cuda", 25, False), ("cuda", 26, True)):
             caplog.clear()
-            used = counters._Used("a site", "1x2x3x4", device, 2.0, {"lost": "a site"})
+            used = counters._Used("a site", "a site", "1x2x3x4", device, 2.0, {"lost": "a site"})
             monkeypatch.setattr(counters, "_used", {"": used})
             counters._look({"a site": counts.Counts(20, 100, exact)})
             assert bool(said(caplog)) == loses == (not counters._used)

@@ -228,7 +228,7 @@ class Local:
         plain = {name: value for name, value in self.key(site).items() if not isinstance(value, torch.SymInt)}
         if isinstance(site.mask.ahead, torch.SymInt):
             del plain["mask"]
-        return plain | {"lost": site.name}
+        return plain | {"lost": site.name, "source": site.source}
 
     def loss(self, site: AttentionSite) -> str | None:
         """Why this very site did not win when it ran, in this or another process; None where nobody saw that."""
@@ -296,7 +296,8 @@ def _bytes(site: AttentionSite, alternatives: int) -> int:
     size = 4 if site.dtype == "float32" else 2
     queries, keys = site.heads * site.q_len, site.kv_heads * site.kv_len
     made = bool(site.prologues)
-    return int(site.batch * site.head_dim * size * ((2 + alternatives + made) * queries + (2 + made) * keys))
+    mask = (1 + size) * site.q_len * site.kv_len if site.mask.ahead else 0  # SDPA may make numbers of it
+    return int(site.batch * site.head_dim * size * ((2 + alternatives + made) * queries + (2 + made) * keys)) + mask
 
 
 def _shrink(site: AttentionSite, alternatives: int) -> AttentionSite:

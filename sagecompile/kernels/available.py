@@ -92,10 +92,7 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
         return f"{row.package} not installed: pip install {row.package}"
     capability = device(site.device).compute_capability
     if row.compute_capability not in (None, capability):
-        shown = [
-            "none" if found is None else f"{found[0]}.{found[1]}" for found in (capability, row.compute_capability)
-        ]
-        return f"compute capability {shown[0]}: {provider} needs {shown[1]}"
+        return f"compute capability {_dotted(capability)}: {provider} needs {_dotted(row.compute_capability)}"
     own = getattr(module(provider), "refusal", None)
     if own is not None and (reason := own(site, format, cuda_graphs)) is not None:
         return str(reason)

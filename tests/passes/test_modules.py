@@ -177,6 +177,18 @@ def test_encoder_layer_with_padding_as_long_as_the_batch() -> None:
     assert_kept(padded, q, because="mask ")
 
 
+def test_a_native_call_with_a_mask_of_no_type_is_refused_as_without_us() -> None:
+    module = mha(batch_first=True)
+    given = module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias
+
+    def native(q: Tensor) -> Tensor:
+        mask = torch.ones(N, N, dtype=torch.bool).triu(1)
+        return torch._native_multi_head_attention(q, q, q, E, H, *given, mask, False, True, None)[0]
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Mask Type should be defined"):
+        rewritten(native, x())
+
+
 def test_encoder_layer_with_padding() -> None:
     layer = encoder_layer()
     padding = torch.arange(N).expand(B, N) > 20

@@ -33,6 +33,7 @@
 // basis before they are quantized, what is predicted and why is in sagecompile/ops/quantize.py, formula by formula.
 
 #include <immintrin.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
@@ -293,8 +294,8 @@ inline __m512i rotate(float* row, int width, const float* factors) {
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// `width` floats to INT8, every byte then XORed with `flip`; each 16 lie `apart` bytes after the last. Returns the sum of
-// their squares in units of INT8, before they are rounded.
+// `width` floats to INT8, every byte then XORed with `flip`; each 16 lie `apart` bytes after the last. Returns the sum
+// of their squares in units of INT8, before they are rounded.
 INLINE float quantize(const float* x, int width, float inverse, uint8_t flip, uint8_t* to, int apart) {
     __m512 squares = _mm512_setzero_ps();
     for (int d = 0; d < width; d += 16, to += apart) {
@@ -417,8 +418,9 @@ struct Packed {
     float* factors; // of each channel, before it is rotated: of Q, then of K
 };
 
-// 2^x; -inf gives 0, and 0 exactly 1, so that what shrinks by it time and again stays as it is. Relative error 9e-5, below bfloat16's 2e-3: a polynomial of degree 3 on the fraction,
-// fitted to the least relative error, and the whole part added to the exponent.
+// 2^x; -inf gives 0, and 0 exactly 1, so that what shrinks by it time and again stays as it is. Relative error 9e-5, below
+// bfloat16's 2e-3: a polynomial of degree 3 on the fraction, fitted to the least relative error, and the whole part added
+// to the exponent.
 INLINE __m512 exp2(__m512 x) {
     const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 power = _mm512_set1_ps(0.07706708f);
@@ -441,7 +443,8 @@ INLINE __m512 signed_size(int d, float size) {
     __m512i bits = _mm512_and_si512(_mm512_and_si512(channel, _mm512_srli_epi32(channel, 1)), _mm512_set1_epi32(0x55));
     bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 4));
     bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 2)); // bit 0: the parity of bits 0, 2, 4 and 6
-    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_slli_epi32(bits, 31), _mm512_castps_si512(_mm512_set1_ps(size))));
+    const __m512i signs = _mm512_slli_epi32(bits, 31);
+    return _mm512_castsi512_ps(_mm512_xor_si512(signs, _mm512_castps_si512(_mm512_set1_ps(size))));
 }
 
 // The mean of up to about 256 tokens of K, evenly spread: any vector does, softmax does not see it.
@@ -462,8 +465,8 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
     }
 }
 
-// Logarithms to base 2 of mean squares of channels of up to SAMPLE of `count` tokens, evenly spread, less `mean`. What is
-// no number, or one that has no square, counts as 0.
+// Logarithms to base 2 of mean squares of channels of up to SAMPLE of `count` tokens, evenly spread, less `mean`. What
+// is no number, or one that has no square, counts as 0.
 template <class Token>
 INLINE void find_sizes(const Shape& shape, int64_t count, Token read, const float* mean, float* squares) {
     const int width = shape.k_width();
@@ -1127,8 +1130,13 @@ struct Counts {
     int64_t calls, rows, exact;
 };
 using Table = std::map<std::string, Counts, std::less<>>;
+constexpr size_t MOST_SITES = 4096; // those beyond are not counted
 std::mutex counting;
 Table& counts = *new Table; // by site; never destroyed, as threads may still run when the process ends
+
+// A child of fork has none of its parent's threads, of which one may be counting, and begins to count anew.
+const int at_fork = pthread_atfork([] { counting.lock(); }, [] { counting.unlock(); },
+                                   [] { counts.clear(), counting.unlock(); });
 
 // One call; what has no name is not counted.
 void count(std::string_view site, const Shape& shape, const int64_t* exact) {
@@ -1138,7 +1146,10 @@ void count(std::string_view site, const Shape& shape, const int64_t* exact) {
     for (int64_t head = 0; head < heads; ++head) rows += exact[head] < 0 ? shape.q_len : exact[head];
     const std::lock_guard lock(counting);
     auto found = counts.find(site);
-    if (found == counts.end()) found = counts.emplace(site, Counts{}).first;
+    if (found == counts.end()) {
+        if (counts.size() >= MOST_SITES) return;
+        found = counts.emplace(site, Counts{}).first;
+    }
     found->second.calls += 1;
     found->second.rows += heads * shape.q_len;
     found->second.exact += rows;
