@@ -122,7 +122,7 @@ def test_many_requests_and_cancellations(tmp_path):
     ("name", "value", "message"),
     [
         ("SAGECOMPILE_POLICY", "nonsense", "sage.policy is 'nonsense'; it can be auto, always, never"),
-        ("SAGECOMPILE_SPEED", "high", "unknown option speed; known are"),
+        ("SAGECOMPILE_SPEED", "high", "unknown variable SAGECOMPILE_SPEED in the environment; known are"),
     ],
 )
 def test_an_impossible_setting_ends_the_start_with_one_line(name, value, message):
