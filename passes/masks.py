@@ -47,10 +47,7 @@ def describe(node: Any) -> str:
 
 
 def read(node: Any, q_len: Any, kv_len: Any, true_means_masked: bool = False) -> Mask:
-    """What a mask for (..., q_len, kv_len) scores does, as far as that can be known; no node is no mask.
-
-    A boolean mask marks what takes part, unless `true_means_masked`; a float mask is added to the scores.
-    """
+    """What `recognise` says, a tensor where it does not know; no node is no mask."""
     if node is None:
         return ALL
     found = recognise(node, q_len, kv_len, true_means_masked)
@@ -103,12 +100,11 @@ def _causal(ahead: Any, wanted: tuple[Any, Any]) -> Mask | None:
     It knows kv_len - q_len: the queries are the last tokens.
     """
     q_len, kv_len = wanted
-    if not isinstance(ahead, int):
-        if known(ahead == 0):
-            return CAUSAL
-        if not known(ahead == kv_len - q_len) or not known(ahead >= 0):
-            return None
-    return Mask(ahead) if known(ahead >= 0) else None
+    if not known(ahead >= 0):
+        return None
+    if known(ahead == 0):
+        return CAUSAL
+    return Mask(ahead) if isinstance(ahead, int) or known(ahead == kv_len - q_len) else None
 
 
 def _takes_part(part: Affine, dtype: torch.dtype, true_means_masked: bool) -> bool | None:

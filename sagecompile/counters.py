@@ -52,11 +52,8 @@ def exact_rows() -> dict[str, Counts]:
     It waits for the devices. Replays of CUDA graphs count. Sites of the same name are added up; what `sageattention`
     runs is not counted.
     """
-    found: dict[str, Counts] = {}
-    for label, counted in counts.read(wait=True).items():
-        name = label.partition("\t")[0]
-        found[name] = counted.plus(found.get(name, Counts()))
-    return found
+    counted = counts.read(wait=True).items()
+    return counts.added_up((label.partition("\t")[0], one) for label, one in counted)
 
 
 def watch(report: Report, local: Callable[[str], Local]) -> None:

@@ -24,7 +24,7 @@ from sagecompile.cost.profile import SHIPPED, Family, Point, Profile, Time
 from sagecompile.decide import Keep, Use, decide
 from sagecompile.errors import OptionError
 from sagecompile.formats import PROVIDERS
-from sagecompile.mask import CAUSAL
+from sagecompile.mask import CAUSAL, Mask
 from sagecompile.settings import Settings
 from sagecompile.site import AttentionSite, Device, Prologue
 
@@ -753,3 +753,17 @@ print(found[0].entries[0].decision.reason)
         done = subprocess.run([sys.executable, "-c", code, turn], capture_output=True, text=True, check=True)
         said.append(done.stdout.splitlines()[-1])
     assert said[0] == said[1] and "measured here at 1x2x90x48" in said[0]
+
+
+def test_a_bound_that_is_a_symbol_is_not_compared():
+    """That would be a guard, and a graph more for a prompt without a context."""
+
+    class Symbol:
+        def __bool__(self):
+            raise AssertionError("compared")
+
+        def __eq__(self, other):
+            raise AssertionError("compared")
+
+    site = replace(SITE, mask=Mask(Symbol()))
+    assert local._has_fixed_sizes(SITE) and not local._has_fixed_sizes(site)

@@ -288,8 +288,8 @@ def _read(found: Mapping[str, Any]) -> dict[Alternative, Raced]:
 
 
 def _has_fixed_sizes(site: AttentionSite) -> bool:
-    sizes = (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len, site.head_dim, site.mask.ahead or 0)
-    return all(isinstance(size, int) for size in sizes)
+    sizes = (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len, site.head_dim, site.mask.ahead)
+    return all(size is None or isinstance(size, int) for size in sizes)
 
 
 def _bytes(site: AttentionSite, alternatives: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -93,9 +94,9 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     capability = device(site.device).compute_capability
     if row.compute_capability not in (None, capability):
         return f"compute capability {_dotted(capability)}: {provider} needs {_dotted(row.compute_capability)}"
-    own = getattr(module(provider), "refusal", None)
-    if own is not None and (reason := own(site, format, cuda_graphs)) is not None:
-        return str(reason)
+    reason = _own_refusal(site, format, provider, cuda_graphs)
+    if reason is not None:
+        return reason
     if site.head_dim > row.max_head_dim:
         return f"head_dim {site.head_dim}: needs at most {row.max_head_dim}"
     if row.trial_tokens is None:
@@ -103,6 +104,16 @@ def refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) 
     padded = min(d for d in row.head_dims if d >= site.head_dim)
     prologues = site.prologues if site.prologues and fuses((format, provider), site.head_dim) else None
     return _tried(provider, format, site.device, padded, site.dtype, site.mask.is_causal, prologues)
+
+
+def _own_refusal(site: AttentionSite, format: str, provider: str, cuda_graphs: bool) -> str | None:
+    """What the provider's module says; nothing where it cannot be imported, as the trial finds out why."""
+    try:
+        found = module(provider)
+    except Exception:  # a broken package may raise anything
+        return None
+    own: Callable[..., str | None] | None = getattr(found, "refusal", None)
+    return own(site, format, cuda_graphs) if own else None
 
 
 def _dotted(capability: tuple[int, int] | None) -> str:

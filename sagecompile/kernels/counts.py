@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -86,10 +86,14 @@ def read(*, wait: bool = False) -> dict[str, Counts]:
     with _lock:
         devices = {device: list(slots) for device, slots in _slots.items()}
     tables += [_read(device, sites, wait) for device, sites in devices.items()]
+    return added_up(item for table in tables for item in table.items())
+
+
+def added_up(counted: Iterable[tuple[str, Counts]]) -> dict[str, Counts]:
+    """Those of the same name together."""
     found: dict[str, Counts] = {}
-    for table in tables:
-        for site, counted in table.items():
-            found[site] = counted.plus(found.get(site, Counts()))
+    for name, one in counted:
+        found[name] = one.plus(found.get(name, Counts()))
     return found
 
 

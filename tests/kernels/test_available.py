@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sagecompile import formats
+from sagecompile import formats, kernels
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import available, hopper, sageattention
 from sagecompile.kernels.cpu import build
@@ -124,6 +124,16 @@ def test_a_package_that_cannot_be_imported_gives_its_message(monkeypatch):
     monkeypatch.setattr(sageattention, "_installed_once", lambda: (None, text))
     reason = available.refusal(SITE, "qk_int8_pv_fp16", "sageattention", cuda_graphs=False)
     assert reason == f"sageattention cannot be imported: {text}"
+
+
+def test_a_provider_that_cannot_be_imported_is_refused_with_the_reason(monkeypatch):
+    """As Triton may be, where a library of its own is missing."""
+    row = replace(formats.PROVIDERS["triton"], devices=("cpu",), module="sagecompile.kernels.nowhere")
+    monkeypatch.setitem(formats.PROVIDERS, "triton", row)
+    monkeypatch.setattr(available, "version", lambda package: "1.0")
+    kernels.launcher.cache_clear()
+    reason = available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False)
+    assert reason == "triton failed: ModuleNotFoundError: No module named 'sagecompile.kernels.nowhere'"
 
 
 def test_a_model_still_runs_on_a_broken_kernel(install):
