@@ -34,8 +34,6 @@ class _Used(NamedTuple):
     """A site that was chosen for a speed-up, without its symbols, which would keep their graph."""
 
     label: str
-    name: str
-    shape: str
     device_type: str
     speedup: float
     key: Mapping[str, Any]
@@ -63,8 +61,7 @@ def watch(report: Report, local: Callable[[str], Local]) -> None:
         site, use = entry.site, entry.decision
         if isinstance(use, Use) and use.prediction is not None:
             key = local(site.device).key_of_loss(site)
-            used = _Used(site.label, site.name, site.shape, site.device_type, use.prediction.speedup, key)
-            _used[json.dumps(key, sort_keys=True)] = used
+            _used[json.dumps(key, sort_keys=True)] = _Used(site.label, site.device_type, use.prediction.speedup, key)
 
 
 def look() -> None:
@@ -83,12 +80,13 @@ def _look(counted: Mapping[str, Counts]) -> None:
             continue
         del _used[key]
         remember_loss(used.key, exact / rows)
+        name, _, shape = used.label.split("\t")
         logger.warning(
             "%s (%s): %.0f%% of its rows were computed exactly, which takes more time than the %.2fx saves that it was "
             "chosen for. Nothing to do: it is kept from the next compilation on, until `sagecompile calibrate --again` "
             "forgets that",
-            used.name,
-            used.shape,
+            name,
+            shape,
             100 * exact / rows,
             used.speedup,
         )

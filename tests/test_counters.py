@@ -280,9 +280,9 @@ class TestLoss:
         """At 2x half the rows, on a GPU a quarter, may be exact."""
         for device, exact, loses in (("cpu", 50, False), ("cpu", 51, True), ("cuda", 25, False), ("cuda", 26, True)):
             caplog.clear()
-            used = counters._Used("a site", "a site", "1x2x3x4", device, 2.0, {"lost": "a site"})
+            used = counters._Used("a site\tmodel.py:7\t1x2x3x4", device, 2.0, {"lost": "a site"})
             monkeypatch.setattr(counters, "_used", {"": used})
-            counters._look({"a site": counts.Counts(20, 100, exact)})
+            counters._look({used.label: counts.Counts(20, 100, exact)})
             assert bool(said(caplog)) == loses == (not counters._used)
 
     def test_sizes_that_are_symbols_are_no_part_of_what_is_remembered(self, model, times, monkeypatch):
