@@ -7,7 +7,6 @@ one place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -19,7 +18,6 @@ def module(provider: str) -> ModuleType:
     return import_module(PROVIDERS[provider].module)
 
 
-@cache
 def launcher(provider: str) -> Callable[..., None]:
     """`attention(q, k, v, out, *, scale, is_causal, format, site="")` of a provider.
 

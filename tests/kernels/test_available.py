@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sagecompile import formats, kernels
+from sagecompile import formats
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import available, hopper, sageattention
 from sagecompile.kernels.cpu import build
@@ -131,7 +131,6 @@ def test_a_provider_that_cannot_be_imported_is_refused_with_the_reason(monkeypat
     row = replace(formats.PROVIDERS["triton"], devices=("cpu",), module="sagecompile.kernels.nowhere")
     monkeypatch.setitem(formats.PROVIDERS, "triton", row)
     monkeypatch.setattr(available, "version", lambda package: "1.0")
-    kernels.launcher.cache_clear()
     reason = available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False)
     assert reason == "triton failed: ModuleNotFoundError: No module named 'sagecompile.kernels.nowhere'"
 
