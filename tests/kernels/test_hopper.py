@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import FAST, TOLERANCE
+from support import FAST, TOLERANCE, relative_error
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import counts, hopper
@@ -50,19 +50,20 @@ class TestApart:
     def test_quantize_and_attend_are_attention(self, format, causal, dim, dtype):
         q, k, v = inputs(dim=dim, dtype=DTYPES[dtype])
         out = torch.full_like(q, float("nan"))
-        quantized = hopper.quantize(k, v, format=format)
+        quantized = hopper.quantize(q, k, v, format=format)
         hopper.attend(q, k, v, quantized, out, scale=0.1, is_causal=causal, format=format)
         assert torch.equal(out, attention(q, k, v, causal=causal, format=format))
 
     @pytest.mark.parametrize("format", TOLERANCE)
     def test_quantized_once_for_many_queries(self, format):
-        _, k, v = inputs()
-        quantized = hopper.quantize(k, v, format=format)
+        q, k, v = inputs()
+        quantized = hopper.quantize(q, k, v, format=format)
         for q_len in (1, 193, 700):
             q = inputs(q_len=q_len)[0]
             out = torch.full_like(q, float("nan"))
             hopper.attend(q, k, v, quantized, out, scale=0.1, is_causal=False, format=format)
-            assert torch.equal(out, attention(q, k, v, causal=False, format=format))
+            own = attention(q, k, v, causal=False, format=format)  # in the basis of these queries
+            assert relative_error(out, own) < 2 * TOLERANCE[format]
 
 
 @pytest.mark.gpu
@@ -96,19 +97,19 @@ class TestExactRows:
     def test_of_steep_scores(self, causal):
         """Sixteen steep rows and their tile are exact, all others stay quantized."""
         q, k, v = inputs(dtype=torch.float16)
-        clean = attention(q, k, v, causal=causal, format=FAST)
         q[0, 0, 512:528] *= 500
         result = attention(q, k, v, causal=causal, format=FAST)
-        scores = q[0, 0, 512:528].double() @ k[0, 0].double().mT * 0.1
+        group = q.shape[1] // k.shape[1]
+        scores = q.double() @ k.double().repeat_interleave(group, 1).mT * 0.1
         if causal:
-            hidden = torch.arange(700, device="cuda") > torch.arange(512, 528, device="cuda")[:, None]
-            scores.masked_fill_(hidden, float("-inf"))
-        torch.testing.assert_close(
-            result[0, 0, 512:528].double(), scores.softmax(-1) @ v[0, 0].double(), rtol=5e-3, atol=5e-3
-        )
-        changed = result != clean
-        changed[0, 0, 512:640] = False
-        assert not changed.any()
+            scores.masked_fill_(torch.ones(700, 700, dtype=torch.bool, device="cuda").triu(1), float("-inf"))
+        exact = scores.softmax(-1) @ v.double().repeat_interleave(group, 1)
+        torch.testing.assert_close(result[0, 0, 512:640].double(), exact[0, 0, 512:640], rtol=5e-3, atol=5e-3)
+        of_rows = (result.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        is_exact = of_rows < 2e-3
+        is_exact[0, 0, 512:640] = False
+        is_exact[:, :, :8] = False  # of a causal row one key may decide
+        assert is_exact.float().mean() < 0.01
 
 
 def tables(batch, length, dim, dtype):

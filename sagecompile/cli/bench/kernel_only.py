@@ -1,7 +1,7 @@
 """Attention kernels without their quantization, and the quantization alone against the bytes that it must move.
 
 In: q, k, v (B, H, N, D) and who can run them. Out: calls for the providers whose module offers the two apart, as
-`quantize(k, v, *, format)` and `attend(q, k, v, quantized, out, *, scale, is_causal, format)`.
+`quantize(q, k, v, *, format)` and `attend(q, k, v, quantized, out, *, scale, is_causal, format)`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def take_apart(
         module = offered(provider)
         if module is None:
             continue
-        quantize = partial(module.quantize, k, v, format=format)
+        quantize = partial(module.quantize, q, k, v, format=format)
         how = {"scale": q.shape[3] ** -0.5, "is_causal": is_causal, "format": format}
         with or_left_out(f"{format} {provider}"):
             quantized = quantize()

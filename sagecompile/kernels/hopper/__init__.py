@@ -1,8 +1,9 @@
 """Quantized attention in CUDA C++ for Hopper GPUs (compute capability 9.0), compiled at run time.
 
 In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written.
-Three launches: `quantize_kv` reads K and V once and writes tiles, `attend` quantizes Q as it goes and multiplies, and
-the exact kernel repeats the rows that 8 bits cannot hold; each does the Prologue of what it reads. CUDA C++ because
+Four launches: `balance` finds factors of the channels of Q and K in a sample, `quantize_kv` reads K and V once and
+writes tiles, `attend` quantizes Q as it goes and multiplies, and the exact kernel repeats the rows that 8 bits cannot
+hold; each does the Prologue of what it reads. The first and the last are Triton's, the others CUDA C++, because
 this needs what Triton does not give: wgmma in flight across a softmax, a loader warp beside warpgroups that drift
 apart, operands kept in registers in the order of the accumulators. attention.cu and quantize.cu say how, LOG.md why;
 parameters.py has what they are told, runtime.py compiles them with what torch brings, relaunch.py hands to C++ what an
@@ -43,6 +44,7 @@ from .parameters import (
 from .runtime import Defines, Kernel, Source, begin, kernel
 
 if TYPE_CHECKING:
+    from sagecompile.kernels.triton.balance import Balanced
     from sagecompile.kernels.triton.exact import Repeated
 
 FORMATS = formats.PROVIDERS["hopper"].formats
@@ -52,6 +54,15 @@ _QUANTIZE_THREADS, _QUANTIZE_STAGES = 512, 2
 _K_SHARE, _K_SHARE_WITH_PROLOGUE = {64: 0.5, 96: 0.52, 128: 0.53}, 0.62
 _SHARED_LIMIT = 227 * 1024
 _MOST_STAGES, _TURNS = 4, 8
+
+
+class Quantized(NamedTuple):
+    """What `attend` reads."""
+
+    tiles: torch.Tensor
+    """(B * Hkv, tiles, bytes) uint8, of K and V."""
+    basis: torch.Tensor
+    """(B * Hkv, 3, width) float32, see triton/balance.py."""
 
 
 class _Launched(NamedTuple):
@@ -92,20 +103,24 @@ def attention(
         building = _begin_all(q.shape[3], q.dtype, is_causal, q_prepared.defines, k_prepared.defines)
         if not all(one.done() for one in building):  # meanwhile Triton can build in this thread
             _exact(q, k, v, out, None, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue, site)
-        quantized = _quantize(k, v, k_prepared, format)
-        attended = _attend(q, k, out, quantized.made, q_prepared, scale, is_causal, ahead, format, overlap=True)
+            _balance(q, k, q_prepared, k_prepared, format, launch=False)
+        balanced = _balance(q, k, q_prepared, k_prepared, format)
+        quantized = _quantize(k, v, balanced.basis, k_prepared, format)
+        made = Quantized(quantized.made, balanced.basis)
+        attended = _attend(q, k, out, made, q_prepared, scale, is_causal, ahead, format, overlap=True)
         repeated = _exact(
             q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue, site
         )
         if library is not None and repeated is not None and not (q_prepared.copied or k_prepared.copied):
             tables = tables_of("q", q_prologue), tables_of("k", k_prologue)
-            _leave_plan(library, out, quantized, attended, repeated, *tables)
+            _leave_plan(library, out, balanced, quantized, attended, repeated, *tables)
             relaunch.count_at(library, q.device.index, site, counts.slot(q.device, site).data_ptr())
 
 
 def _leave_plan(
     library: Any,
     out: torch.Tensor,
+    balanced: Balanced,
     quantized: _Launched,
     attended: _Launched,
     repeated: Repeated,
@@ -113,23 +128,39 @@ def _leave_plan(
     k_tables: Tables,
 ) -> None:
     """For C++, to do the same for tensors alike."""
+    values = balanced.arguments(("q", "k", "basis"), q_tables, k_tables)
+    balance = relaunch.of_triton(balanced.compiled, balanced.blocks, values, overlap=False)
     values = repeated.arguments(("q", "k", "v", "out", "flags", "counts"), q_tables, k_tables)
     exact = relaunch.of_triton(repeated.compiled, repeated.blocks, values, overlap=True)
-    if exact is not None:
+    if balance is not None and exact is not None:
         own = (
-            relaunch.of_ours(*quantized[:3], k_tables, overlap=False),
+            relaunch.of_ours(*quantized[:3], k_tables, overlap=True),
             relaunch.of_ours(*attended[:3], q_tables, overlap=True),
         )
-        relaunch.Plan(library, out, quantized.made.nbytes, attended.made.nbytes, (*own, exact)).leave()
+        made = balanced.basis.nbytes, quantized.made.nbytes, attended.made.nbytes
+        relaunch.Plan(library, out, made, (balance, *own, exact)).leave()
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, *, format: str) -> torch.Tensor:
-    """The tiles of k and v (B, Hkv, Nk, D) that `attend` reads: (B * Hkv, tiles, bytes) uint8."""
+def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, format: str) -> Quantized:
+    """What `attend` reads of k and v (B, Hkv, Nk, D), in the basis that q (B, Hq, Nq, D) asks for."""
     with torch.cuda.device_of(k):
-        return _quantize(k, v, NOTHING, format).made
+        basis = _balance(q, k, NOTHING, NOTHING, format).basis
+        return Quantized(_quantize(k, v, basis, NOTHING, format).made, basis)
 
 
-def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str) -> _Launched:
+def _balance(
+    q: torch.Tensor, k: torch.Tensor, q_prepared: Prepared, k_prepared: Prepared, format: str, *, launch: bool = True
+) -> Balanced:
+    from sagecompile.kernels.triton.balance import balance  # late: the types need no Triton
+
+    return balance(
+        q, k, variant_of(q.shape[3], q.dtype, format).head_dim, q_prologue=q_prepared.prologue,
+        k_prologue=k_prepared.prologue, overlap=True, launch=launch,
+    )  # fmt: skip
+
+
+def _quantize(k: torch.Tensor, v: torch.Tensor, basis: torch.Tensor, prepared: Prepared, format: str) -> _Launched:
+    """The stream's launch just before is `balance`: its answer is waited for where it is needed."""
     _, heads, length, head_dim = k.shape
     variant = variant_of(head_dim, k.dtype, format)
     tiles = torch.empty(tiles_shape(k, variant), dtype=torch.uint8, device=k.device)
@@ -140,11 +171,11 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
     share = _K_SHARE[variant.head_dim] if prepared.prologue is None else _K_SHARE_WITH_PROLOGUE
     k_blocks = min(count, round(most * share))
     parameters = QuantizeParameters(
-        tensor_of(k, variant), tensor_of(v, variant), prepared.parameters, tiles.data_ptr(),
-        heads, length, head_dim, tiles.shape[1], count, k_blocks,
+        tensor_of(k, variant), tensor_of(v, variant), prepared.parameters, basis.data_ptr(),
+        tiles.data_ptr(), heads, length, head_dim, tiles.shape[1], count, k_blocks,
     )  # fmt: skip
     blocks = k_blocks + min(count, most - k_blocks)
-    loaded(blocks, parameters, torch.cuda.current_stream(index).cuda_stream)
+    loaded(blocks, parameters, torch.cuda.current_stream(index).cuda_stream, overlap=True)
     return _Launched(loaded, blocks, parameters, tiles)
 
 
@@ -152,7 +183,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    quantized: torch.Tensor,
+    quantized: Quantized,
     out: torch.Tensor,
     *,
     scale: float,
@@ -162,9 +193,9 @@ def attend(
     """`attention` on what `quantize` made of k and v, which are read again only for rows that 8 bits cannot hold."""
     check(q, k, v, out, format, FORMATS, max_head_dim=128)
     _check_limits(q, k)
-    shape = tiles_shape(k, variant_of(k.shape[3], k.dtype, format))
-    if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
-        raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
+    shape, tiles = tiles_shape(k, variant_of(k.shape[3], k.dtype, format)), quantized.tiles
+    if tiles.shape != shape or not tiles.is_contiguous() or tiles.device != k.device:
+        raise ValueError(f"tiles {tuple(tiles.shape)} on {tiles.device}: need what quantize made, {shape}")
     with torch.cuda.device_of(q):
         attended = _attend(q, k, out, quantized, NOTHING, scale, is_causal, 0, format, overlap=False)
         _exact(q, k, v, out, attended.made, scale, is_causal, 0, None, None)
@@ -174,7 +205,7 @@ def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     out: torch.Tensor,
-    tiles: torch.Tensor,
+    quantized: Quantized,
     prepared: Prepared,
     scale: float,
     is_causal: bool,
@@ -191,9 +222,10 @@ def _attend(
     consumers, processors = variant.schedule.consumers, _multiprocessors(index)
     cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
     parameters = AttendParameters(
-        tensor_of(q, variant), tensor_of(out, variant), prepared.parameters, tiles.data_ptr(), flags.data_ptr(),
+        tensor_of(q, variant), tensor_of(out, variant), prepared.parameters, quantized.basis.data_ptr(),
+        quantized.tiles.data_ptr(), flags.data_ptr(),
         batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, ahead,
-        *cut, tiles.shape[1], scale * LOG2E, 0,
+        *cut, quantized.tiles.shape[1], scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
     loaded = kernel(_attend_source(variant, is_causal, prepared.defines), index)
@@ -256,7 +288,9 @@ def _quantize_source(variant: Variant, prologue: Defines) -> Source:
 @cache
 def _attend_source(variant: Variant, is_causal: bool, prologue: Defines) -> Source:
     consumers, overlap, lag = variant.schedule
-    own = 64 * ((variant.head_dim + 8) * 4 if variant.fp8 else variant.head_dim * variant.dtype.itemsize)
+    own = 64 * (variant.head_dim + 8) * 4
+    if not variant.fp8:
+        own = 64 * variant.head_dim * variant.dtype.itemsize + 4 * variant.head_dim * 4
     fixed = consumers * (own + variant.head_dim // 16 * (64 * 16 + 16) + 64 * 4) + _TURNS * 32
     stage = variant.k_bytes + variant.v_bytes + 32
     stages = min(_MOST_STAGES, (_SHARED_LIMIT - fixed) // stage)

@@ -1,9 +1,10 @@
 // Attention on tiles that quantize.cu wrote: INT8 QK^T, softmax in float32, PV in FP8 or 16 bits.
 //
-// In: q with any strides, the tiles of K and V. Out: out, wholly written, and for every 16 rows whether they must be
+// In: q with any strides, the tiles of K and V, the factors of Q's channels. Out: out, wholly written, and for every 16 rows whether they must be
 // computed again without quantization.
 // One block of threads a multiprocessor takes query tiles one after the other: a loader warp brings K and V by bulk
-// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for, and rotated)
+// copies, and warpgroups of 64 rows each quantize their rows of Q (after RMSNorm and RoPE, if asked for, balanced and
+// rotated)
 // and run FlashAttention-3's loop (https://arxiv.org/abs/2407.08608).
 // Why so, by measurement: the tensor cores are idle half of the time, and what limits is one warp's chain of
 // instructions. Hence integer maxima of three, no conversion of scores, no sums of P (V has eight rows of ones more),
@@ -16,6 +17,7 @@
 struct Parameters {
     Tensor q, out;
     Prologue prologue;  // of q
+    const float* basis;
     const char* tiles;
     unsigned* flags;
     int batch, heads, group;  // group: query heads that share a KV head
@@ -35,7 +37,7 @@ constexpr int PARTS = TILE * V_BYTES / 32;  // steps of PV in one tile, of 32 by
 constexpr int P_WORDS = 4 * PARTS;
 
 // As in sagecompile.ops.quantize, where the guard is explained.
-constexpr float MOST_ERROR = 0.03f, MOST_ERROR_OF_A_ROW = 0.07f, MOST_NOISE = 0.1f;
+constexpr float MOST_ERROR = 0.022f, MOST_ERROR_OF_A_ROW = 0.07f, MOST_NOISE = 0.1f;
 constexpr float ROUNDING_NOISE = 0.6931472f * 0.6931472f / 12.0f;
 // |k|^2 of a rotated key as integers, whose tile's largest of 128 D nearly normal values is 127: 3.9 deviations.
 constexpr float USUAL_K_SQUARE = D * 127.0f * 127.0f / 15.0f;
@@ -94,9 +96,11 @@ struct Work {
 constexpr int TURNS = 8;
 static_assert(STAGES + 2 <= TURNS);
 
-// A warp's own part of shared memory: with FP8 its sums of tiles, and between two query tiles the rows of Q that come.
-constexpr int OWN_BYTES = FP8 ? 16 * V_ROWS * 4 : 16 * D * ELEMENT;
-static_assert(16 * D * ELEMENT <= OWN_BYTES);
+// A warp's own part of shared memory: with FP8 its sums of tiles, and between two query tiles the rows of Q that come,
+// and the factors of their channels.
+constexpr int ROWS_OF_Q = 16 * D * ELEMENT;
+constexpr int OWN_BYTES = FP8 ? 16 * V_ROWS * 4 : ROWS_OF_Q + D * 4;
+static_assert(ROWS_OF_Q + D * 4 <= OWN_BYTES);
 constexpr int Q_BYTES = D / 16 * Q_CHUNK;
 struct Shared {
     static constexpr int k = 0;
@@ -146,7 +150,8 @@ __device__ __forceinline__ void load_tiles(const Parameters& p, unsigned base) {
     const int lane = threadIdx.x;
     Pipeline pipe{base};
     // This kernel may start while the last tiles are still being written. Only here must one wait: no other thread
-    // touches what quantize.cu writes before a tile has come, and what it reads was there before quantize.cu started.
+    // touches what quantize.cu writes before a tile has come, and what it reads was there before quantize.cu let this
+    // kernel start.
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Work work = work_of(0);
     for (int turn = 1; work.valid; ++turn) {
@@ -523,15 +528,19 @@ struct Consumer {
         }
     }
 
-    // Starts to copy the rows of Q that this warp takes in some turn into its own shared memory, as they are; zeros past
-    // the end.
+    // Starts to copy the rows of Q that this warp takes in some turn into its own shared memory, as they are, zeros past
+    // the end, and the factors of their channels.
     __device__ __forceinline__ void fetch_q(int turn) {
         constexpr int CHUNKS = D * ELEMENT / 16, THREADS = CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;  // of a row
         const Work& work = work_of(turn);
         const int chunk = lane % THREADS;
         asm volatile("cp.async.wait_all;" ::: "memory");  // of a turn without rows, to the same place
         __syncwarp();  // what was there has been read
-        if (!work.valid || chunk >= CHUNKS) return;
+        if (!work.valid) return;
+        const int kv_head = (work.batch * p.heads + work.head) / p.group;
+        const float* factors = p.basis + static_cast<int64>(kv_head) * BASIS;
+        if (lane < D / 4) copy_async(shared_address(own() + ROWS_OF_Q + lane * 16), reinterpret_cast<const char*>(factors + lane * 4), true);
+        if (chunk >= CHUNKS) return;
         const int first = work.first_row + consumer * 64 + warp * 16, count = work.end_row - first;
         const char* source = p.q.row(work.batch, work.head, first + lane / THREADS);
         char* target = own() + (lane / THREADS * CHUNKS + chunk) * 16;
@@ -559,6 +568,10 @@ struct Consumer {
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
         const Rotation rotation;
+        float factors[16];
+        unsigned words[8];
+        load_channels(reinterpret_cast<const float*>(own() + ROWS_OF_Q), t, factors);
+        pack_factors(factors, words);
         uint4 q[PASSES];
         float factor[PASSES];
 #pragma unroll
@@ -573,10 +586,13 @@ struct Consumer {
             }
             float x[16];
             if constexpr (DIRECT) {
+                raw.multiply(words);
                 rotate(rotation, raw, x);
             } else {
                 raw.unpack(x);
                 p.prologue.apply(x, batch, n, n < p.q_len, t);
+#pragma unroll
+                for (int i = 0; i < 16; ++i) x[i] *= factors[i];
                 rotate(rotation, x);
             }
             const unsigned bits = max_of_row(amax_bits(x));

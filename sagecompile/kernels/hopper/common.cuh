@@ -91,6 +91,14 @@ __device__ __forceinline__ unsigned max_16(unsigned a, unsigned b) {
     return larger;
 }
 
+template <int dtype>
+__device__ __forceinline__ unsigned multiply_16(unsigned a, unsigned b) {
+    unsigned word;
+    if constexpr (dtype == FLOAT16) asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    else asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+
 // The two values of a word of 16-bit elements.
 template <int dtype>
 __device__ __forceinline__ void unpack_16(unsigned word, float& low, float& high) {
@@ -206,7 +214,35 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < CHUNKS; ++i) unpack_chunk(words[i], x + 16 / CHUNKS * i);
     }
+
+    // Of 16-bit elements, by two in a word.
+    __device__ __forceinline__ void multiply(const unsigned (&by)[8]) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            words[i].x = multiply_16<DTYPE>(words[i].x, by[4 * i]), words[i].y = multiply_16<DTYPE>(words[i].y, by[4 * i + 1]);
+            words[i].z = multiply_16<DTYPE>(words[i].z, by[4 * i + 2]), words[i].w = multiply_16<DTYPE>(words[i].w, by[4 * i + 3]);
+        }
+    }
 };
+
+// What balance.py says of a KV head, for each channel: factors of Q and of K, powers of two, and K's mean times K's.
+constexpr int BASIS = 3 * D;
+
+// Thread t's channels (see Row) of one of these.
+__device__ __forceinline__ void load_channels(const float* from, int t, float (&x)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+        float4 v = {};
+        if (t < D / 16) v = *reinterpret_cast<const float4*>(from + channel_of(i, t));
+        x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+    }
+}
+
+// Factors, by two in a word as rows of 16-bit elements have them.
+__device__ __forceinline__ void pack_factors(const float (&x)[16], unsigned (&words)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) words[i] = pack_16<DTYPE == FLOAT16 ? FLOAT16 : BFLOAT16>(x[2 * i], x[2 * i + 1]);
+}
 
 // The largest of LANES threads.
 __device__ __forceinline__ unsigned max_of_row(unsigned x) {

@@ -74,7 +74,7 @@ class QuantizeParameters(ctypes.Structure):
     _fields_ = (
         *((name, Tensor) for name in ("k", "v")),
         ("prologue", PrologueParameters),
-        ("tiles", c_void_p),
+        *((name, c_void_p) for name in ("basis", "tiles")),
         *((name, c_int) for name in ("heads", "length", "head_dim", "count", "all", "k_blocks")),
     )
 
@@ -85,7 +85,7 @@ class AttendParameters(ctypes.Structure):
     _fields_ = (
         *((name, Tensor) for name in ("q", "out")),
         ("prologue", PrologueParameters),
-        *((name, c_void_p) for name in ("tiles", "flags")),
+        *((name, c_void_p) for name in ("basis", "tiles", "flags")),
         *((name, c_int) for name in ("batch", "heads", "group", "q_len", "kv_len", "head_dim", "ahead")),
         *((name, c_int) for name in ("row_tiles", "whole_tiles", "tail_rows", "kv_tiles")),
         ("scale_log2e", c_float),

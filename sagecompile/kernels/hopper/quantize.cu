@@ -1,16 +1,18 @@
 // K and V once from memory into tiles in the order that attention.cu multiplies them.
 //
 // In: k, v with any strides. Out: for each KV head and 128 tokens one block of KV_TILE bytes (common.cuh).
-// K: RMSNorm and RoPE if asked for, minus the mean of a sample of its tokens (softmax does not see a vector subtracted
-// from every key), rotated (rotate.cuh), then INT8 with one scale a tile. V: FP8 with the head's scale, or an outlying
-// tile's own, or 16-bit; transposed, as tensor cores want the summed dimension contiguous. Nothing but a sample is
-// needed of other tiles, so K and V come from memory once. What limits is that memory: each block takes many tiles of K,
-// or of V, one after the other, and the rows of the next ones are on their way into shared memory meanwhile.
+// K: RMSNorm and RoPE if asked for, each channel times its factor, minus the mean of a sample of its tokens (softmax does
+// not see a vector subtracted from every key), rotated (rotate.cuh), then INT8 with one scale a tile. Factors and mean
+// come from balance.py's kernel, the launch before. V: FP8 with the head's scale, or an outlying tile's own, or 16-bit;
+// transposed, as tensor cores want the summed dimension contiguous. So K and V come from memory once. What limits is that
+// memory: each block takes many tiles of K, or of V, one after the other, and the rows of the next ones are on their way
+// into shared memory meanwhile.
 #include "rotate.cuh"
 
 struct Parameters {
     Tensor k, v;
     Prologue prologue;  // of k
+    const float* basis;
     char* tiles;
     int heads, length, head_dim;
     int count, all;  // tiles of one head, and of all
@@ -57,62 +59,40 @@ __device__ __forceinline__ int row_of(int channel) {
     return channel / 32 * 32 + channel / 2 % 4 * 8 + channel / 8 % 4 * 2 + channel % 2;
 }
 
-// Where thread t of a row finds the mean of its channels: all threads in different banks.
-constexpr int MEAN_PITCH = 20;
+// Where thread t of a row finds what it needs of its channels: all threads in different banks.
+constexpr int MEAN_PITCH = 20, FACTOR_PITCH = DIRECT ? 12 : 20;
 
-// The mean of 128 evenly spaced tokens of K; rotated if they will be before it is subtracted.
-__device__ __forceinline__ void take_mean(const Parameters& p, const Rotation& rotation, int batch, int head,
-                                          float* mean) {
-    __shared__ float sums[WARPS][D];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % LANES;
-    const int count = min(TILE, p.length);
-    float sum[16] = {};
+// Of the head whose K is quantized: its mean, rotated if rows are before it is subtracted, and its channels' factors, by
+// two in a word where rows are of 16 bits still.
+struct Basis {
+    float mean[LANES * MEAN_PITCH];
+    unsigned factor[LANES * FACTOR_PITCH];
+
+    // All threads of the block must come here.
+    __device__ __forceinline__ void take(const float* from, const Rotation& rotation) {
+        if (threadIdx.x < 32) {  // all rows of a warp are the mean here
+            const int t = threadIdx.x % LANES;
+            float x[16], f[16];
+            load_channels(from + D, t, f);
+            load_channels(from + 2 * D, t, x);
+            if constexpr (DIRECT) rotate(rotation, x);
+            if (threadIdx.x < LANES) {
 #pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int index = (pass * WARPS + warp) * WARP_ROWS + lane / LANES;
-        const int64 token = static_cast<int64>(index) * p.length / count;
-        const char* row = p.k.row(batch, head, token);
-        Row raw = {};
-        if (index < count && t < D / 16) {
+                for (int i = 0; i < 16; ++i) mean[t * MEAN_PITCH + i] = x[i];
+                if constexpr (DIRECT) {
+                    unsigned words[8];
+                    pack_factors(f, words);
 #pragma unroll
-            for (int i = 0; i < Row::CHUNKS; ++i)
-                raw.words[i] = p.k.vectors ? *reinterpret_cast<const uint4*>(row + Row::offset(i, t))
-                                           : p.k.gather(row, Row::offset(i, t) / ELEMENT, p.head_dim);
-        }
-        float x[16];
-        raw.unpack(x);
-        p.prologue.apply(x, batch, token, index < count, t);
+                    for (int i = 0; i < 8; ++i) factor[t * FACTOR_PITCH + i] = words[i];
+                } else {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) sum[i] += x[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-#pragma unroll
-        for (int distance = LANES; distance < 32; distance *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], distance);
-        if (lane < D / 16) sums[warp][channel_of(i, t)] = sum[i];
-    }
-    __syncthreads();
-    if (threadIdx.x < D) {
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) total += sums[w][channel_of(threadIdx.x % 16, threadIdx.x / 16)];
-        mean[threadIdx.x / 16 * MEAN_PITCH + threadIdx.x % 16] = total / count;
-    }
-    __syncthreads();
-    if constexpr (DIRECT) {
-        if (warp == 0) {  // all rows of a warp are the mean here
-            float x[16];
-#pragma unroll
-            for (int i = 0; i < 16; ++i) x[i] = t < D / 16 ? mean[t * MEAN_PITCH + i] : 0.0f;
-            rotate(rotation, x);
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 16; ++i)
-                if (lane < LANES) mean[t * MEAN_PITCH + i] = x[i];
+                    for (int i = 0; i < 16; ++i) factor[t * FACTOR_PITCH + i] = __float_as_uint(f[i]);
+                }
+            }
         }
         __syncthreads();
     }
-}
+};
 
 // Bytes of shared memory to global memory, in the background until bulk_stored.
 __device__ __forceinline__ void bulk_store(char* target, const char* staged, int bytes) {
@@ -159,7 +139,7 @@ struct KeyTile {
     static __device__ __forceinline__ int channel(int chunk) { return Row::offset(chunk % Row::CHUNKS, t()) / ELEMENT; }
 
     static __device__ __forceinline__ void quantize(const Parameters& p, const uint4 (&words)[CHUNKS],
-                                                    const Position& at, const Rotation& rotation, const float* mean,
+                                                    const Position& at, const Rotation& rotation, const Basis& basis,
                                                     char* tile, char* staged, unsigned* scratch) {
         float x[PASSES][16];
         unsigned largest = 0;
@@ -170,8 +150,13 @@ struct KeyTile {
             for (int i = 0; i < Row::CHUNKS; ++i) raw.words[i] = words[pass * Row::CHUNKS + i];
             const int64 n = at.first + token(pass * Row::CHUNKS);
             const bool inside = n < p.length;
-            const float* shift = mean + t() * MEAN_PITCH;
+            const float* shift = basis.mean + t() * MEAN_PITCH;
+            const unsigned* factor = basis.factor + t() * FACTOR_PITCH;
             if constexpr (DIRECT) {
+                unsigned by[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) by[i] = factor[i];
+                raw.multiply(by);
                 rotate(rotation, raw, x[pass]);
                 const float minus = inside ? -1.0f : 0.0f;  // of a mean that is not finite no tile is used
 #pragma unroll
@@ -181,7 +166,8 @@ struct KeyTile {
                 p.prologue.apply(x[pass], at.batch, n, inside, t());
                 if (inside && is_mine()) {
 #pragma unroll
-                    for (int i = 0; i < 16; ++i) x[pass][i] -= shift[i];
+                    for (int i = 0; i < 16; ++i)
+                        x[pass][i] = fmaf(x[pass][i], __uint_as_float(factor[i]), -shift[i]);
                 }
                 rotate(rotation, x[pass]);
             }
@@ -293,7 +279,7 @@ __device__ __forceinline__ float usual_amax(const Parameters& p, int batch, int 
 template <class Tile>
 __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, int begin, int end) {
     extern __shared__ __align__(128) char staged[];
-    __shared__ __align__(16) float mean[LANES * MEAN_PITCH];
+    __shared__ __align__(16) Basis basis;
     __shared__ unsigned scratch[WARPS];
     char* own = staged + STAGED + threadIdx.x * 16;
 
@@ -315,13 +301,17 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
     };
 
     for (int i = 0; i < STAGES; ++i) request(begin + i);
+    if constexpr (Tile::OF_K) asm volatile("griddepcontrol.wait;" ::: "memory");  // for the factors and the mean
+    // `attend` may take multiprocessors as they become free. It reads factors, too, which are there since all of K's
+    // blocks came here.
+    asm volatile("griddepcontrol.launch_dependents;");
     Position at(p, begin);
     Rotation rotation;
     if constexpr (Tile::OF_K && DIRECT && D != 96) rotation.keep();  // else there are no registers for it
     float usual = 0.0f;
     for (int item = begin; item < end; ++item, at.advance(p)) {
         if (item == begin || at.first == 0) {  // of a head the first tile here
-            if constexpr (Tile::OF_K) take_mean(p, rotation, at.batch, at.head, mean);
+            if constexpr (Tile::OF_K) basis.take(p.basis + (at.batch * p.heads + at.head) * BASIS, rotation);
             else if constexpr (FP8) usual = usual_amax(p, at.batch, at.head, scratch);
         }
         uint4 words[Tile::CHUNKS] = {};
@@ -335,7 +325,7 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
         }
         request(item + STAGES);
         char* tile = p.tiles + static_cast<int64>(item) * KV_TILE;
-        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, rotation, mean, tile, staged, scratch);
+        if constexpr (Tile::OF_K) Tile::quantize(p, words, at, rotation, basis, tile, staged, scratch);
         else Tile::quantize(p, words, usual, tile, staged, scratch);
     }
     bulk_stored();
@@ -343,7 +333,6 @@ __device__ __forceinline__ void quantize(const Parameters& p, const Tensor& x, i
 
 // Grid: two blocks a multiprocessor, which run at the same time but in float32.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) quantize_kv(const __grid_constant__ Parameters p) {
-    asm volatile("griddepcontrol.launch_dependents;");  // `attend` may take multiprocessors as they become free
     const bool of_k = blockIdx.x < p.k_blocks;
     const int64 block = of_k ? blockIdx.x : blockIdx.x - p.k_blocks;
     const int64 blocks = of_k ? p.k_blocks : gridDim.x - p.k_blocks;

@@ -52,7 +52,8 @@ int (*current_context)(void** context);                                         
 int (*current_stream)(int32_t device, void** stream);                                   // of torch
 
 // What an address is of: the op's tensors by their place in its schema, then what a call makes, and its site's counts.
-enum Tensors { OP_TENSORS = 7, OUT = OP_TENSORS, TILES, FLAGS, COUNTS, ALL };
+enum Tensors { OP_TENSORS = 7, OUT = OP_TENSORS, MADE, COUNTS = MADE + 3, ALL };
+constexpr int64_t ALIGNMENT = 256;  // of what a call makes: the basis, the tiles and the flags, in one allocation
 
 struct Address {
     uint32_t offset, tensor;
@@ -69,7 +70,7 @@ struct Launch {
 struct Plan {
     std::vector<Launch> launches;
     std::vector<int64_t> out_sizes, out_strides;
-    int64_t tiles_bytes, flags_bytes;
+    int64_t made_bytes[COUNTS - MADE];
 };
 using Shared = std::shared_ptr<const Plan>;
 
@@ -162,13 +163,17 @@ at::Tensor run(const Plan& plan, c10::ArrayRef<c10::IValue> arguments, bool into
     const c10::DeviceGuard guard(q.device());
     const auto bytes = q.options().dtype(at::kByte);
     const auto out = into ? arguments[3].toTensor() : at::empty_strided(plan.out_sizes, plan.out_strides, q.options());
-    const auto tiles = at::empty({plan.tiles_bytes}, bytes), flags = at::empty({plan.flags_bytes}, bytes);
+    int64_t begins[COUNTS - MADE], all = 0;
+    for (int i = 0; i < COUNTS - MADE; i++) {
+        begins[i] = all;
+        all += (plan.made_bytes[i] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    }
+    const auto made = at::empty({all}, bytes);
     void* addresses[ALL] = {};
     for (size_t i = 0; i < OP_TENSORS && i < arguments.size(); i++)
         if (arguments[i].isTensor()) addresses[i] = const_cast<void*>(arguments[i].toTensor().const_data_ptr());
     addresses[OUT] = out.mutable_data_ptr();
-    addresses[TILES] = tiles.mutable_data_ptr();
-    addresses[FLAGS] = flags.mutable_data_ptr();
+    for (int i = 0; i < COUNTS - MADE; i++) addresses[MADE + i] = static_cast<char*>(made.mutable_data_ptr()) + begins[i];
     addresses[COUNTS] = counts;
     void* stream = nullptr;
     TORCH_CHECK(current_stream(q.get_device(), &stream) == 0, "sagecompile: no current stream on ", q.device());
@@ -223,9 +228,9 @@ void sagecompile_functions(void* launch, void* context, void* stream) {
 }
 
 // A plan without launches; `sagecompile_forget` frees it.
-void* sagecompile_plan(const int64_t* out_sizes, const int64_t* out_strides, int dims, int64_t tiles, int64_t flags) {
-    return new std::shared_ptr<Plan>(
-        new Plan{{}, {out_sizes, out_sizes + dims}, {out_strides, out_strides + dims}, tiles, flags});
+void* sagecompile_plan(const int64_t* out_sizes, const int64_t* out_strides, int dims, const int64_t* made) {
+    return new std::shared_ptr<Plan>(new Plan{
+        {}, {out_sizes, out_sizes + dims}, {out_strides, out_strides + dims}, {made[0], made[1], made[2]}});
 }
 
 void sagecompile_add(

@@ -29,7 +29,7 @@ from .runtime import DRIVER, Kernel, parameter_sizes, tells_parameters
 logger = logging.getLogger("sagecompile")
 
 SOURCE = Path(__file__).with_name("relaunch.cpp")
-TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "tiles", "flags", "counts")
+TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "out", "basis", "tiles", "flags", "counts")
 """By their number in relaunch.cpp: the ops' arguments, then what a call makes, and its site's counts."""
 
 _kept: dict[int, Any] = {}
@@ -92,11 +92,11 @@ def of_triton(compiled: Any, blocks: int, values: Sequence[float | str | None], 
 class Plan:
     """Launches in a row, and the tensors that they write."""
 
-    def __init__(self, library: Any, out: torch.Tensor, tiles_bytes: int, flags_bytes: int, launches: Sequence[Launch]):
-        """`out` as the op returns it."""
+    def __init__(self, library: Any, out: torch.Tensor, made: tuple[int, int, int], launches: Sequence[Launch]):
+        """`out` as the op returns it; made: bytes of the basis, the tiles and the flags."""
         self._library, self._plan = library, None
         sizes, strides = (c_int64 * out.dim())(*out.shape), (c_int64 * out.dim())(*out.stride())
-        self._plan = library.sagecompile_plan(sizes, strides, out.dim(), tiles_bytes, flags_bytes)
+        self._plan = library.sagecompile_plan(sizes, strides, out.dim(), (c_int64 * 3)(*made))
         for launch in launches:
             padded = [parameter.ljust(-(-len(parameter) // 8) * 8, b"\0") for parameter in launch.parameters]
             *begins, size = accumulate(map(len, padded), initial=0)
@@ -130,7 +130,7 @@ def load(path: Path, driver: Any, current_stream: Any) -> Any:
     functions = (driver.cuLaunchKernelEx, driver.cuCtxGetCurrent, current_stream)
     library = ctypes.CDLL(str(path))
     library.sagecompile_functions.argtypes = (c_void_p,) * 3
-    library.sagecompile_plan.argtypes = (c_void_p, c_void_p, c_int, c_int64, c_int64)
+    library.sagecompile_plan.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
     library.sagecompile_plan.restype = c_void_p
     library.sagecompile_add.argtypes = (
         c_void_p, c_void_p, *(c_uint32,) * 3, c_int, c_char_p, c_uint32, *(c_void_p, c_uint32) * 2,

@@ -46,8 +46,8 @@ FLAG_ROWS = 32
 """Rows of the output that share one flag."""
 _FLAG_ROWS = tl.constexpr(FLAG_ROWS)
 
-# Of a guard that sagecompile.ops.quantize explains. 0.03 and not 0.022, as channels are not balanced here.
-MOST_ERROR = tl.constexpr(0.03)
+# Of a guard that sagecompile.ops.quantize explains.
+MOST_ERROR = tl.constexpr(0.022)
 MOST_ERROR_OF_A_ROW = tl.constexpr(0.07)
 MOST_NOISE = tl.constexpr(0.1)
 _ROUNDING_NOISE = tl.constexpr(0.6931471805599453**2 / 12)

@@ -14,7 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from sagecompile.kernels import counts
-from sagecompile.kernels.prologue import ROPES, Prologue, table_strides
+from sagecompile.kernels.prologue import Prologue
+
+from .rows import arguments_of, load_rows, offset
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 264
@@ -90,8 +92,8 @@ def recompute_flagged(
     assert flags is None or (flags.dtype == torch.int32 and flags.shape == expected)
     rows, keys, warps, stages = tile_of(q, k_prologue)
     tiles = batch * q_heads * triton.cdiv(q_len, rows)
-    q_norm, q_rope, q_tables, q_numbers = _arguments(q_prologue, q)
-    k_norm, k_rope, k_tables, k_numbers = _arguments(k_prologue, k)
+    q_norm, q_rope, q_tables, q_numbers = arguments_of(q_prologue, q)
+    k_norm, k_rope, k_tables, k_numbers = arguments_of(k_prologue, k)
     numbers = (
         tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, causal_offset, head_dim,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
@@ -115,61 +117,6 @@ def recompute_flagged(
             return None
         compiled = _attend_flagged[(blocks,)](*arguments((q, k, v, out, flags, counted), q_tables, k_tables), **how)
     return None if compiled is None else Repeated(compiled, blocks, arguments)
-
-
-def _arguments(
-    prologue: Prologue | None, x: torch.Tensor
-) -> tuple[int, int, tuple[torch.Tensor, ...], tuple[float, ...]]:
-    """NORM (2: with a weight), ROPE (as in `ROPES`); weight, cos, sin (x where there is none); cos' strides and eps."""
-    prologue = prologue or Prologue()
-    weight = prologue.weight if prologue.eps is not None else None
-    norm = 0 if prologue.eps is None else 1 if weight is None else 2
-    weight = x if weight is None else weight
-    cos, sin = prologue.cos, prologue.sin
-    if prologue.rope == "none" or cos is None or sin is None:
-        return norm, 0, (weight, x, x), (0, 0, prologue.eps or 0.0)
-    assert table_strides(cos) == table_strides(sin) and cos.stride(-1) == sin.stride(-1) == 1
-    return norm, ROPES.index(prologue.rope), (weight, cos, sin), (*table_strides(cos), prologue.eps or 0.0)
-
-
-@triton.jit
-def _offset(index, stride):
-    return tl.cast(index, tl.int64) * stride
-
-
-@triton.jit
-def _load(
-    X, tokens, stride_n, stride_d, columns, mask, W, COS, SIN, stride_tn, eps, head_dim,
-    NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
-    """Rows of Q or K after their prologue, in their own dtype; zeros where masked."""
-    rows = X + _offset(tokens, stride_n)[:, None]
-    stored = tl.load(rows + _offset(columns, stride_d)[None, :], mask=mask, other=0.0)
-    if NORM == 0 and ROPE == 0:
-        return stored
-    x = stored.to(tl.float32)
-    inverse = tl.full([tokens.shape[0]], 1.0, tl.float32)
-    if NORM:
-        inverse = tl.math.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
-        x = x * inverse[:, None] * _weights(W, columns, head_dim, NORM)[None, :]
-    if ROPE:
-        half = head_dim // 2
-        partner = (columns + half) % head_dim if ROPE == 1 else columns ^ 1
-        first = columns < half if ROPE == 1 else columns % 2 == 0
-        turned = tl.load(rows + _offset(partner, stride_d)[None, :], mask=mask, other=0.0).to(tl.float32)
-        turned = turned * inverse[:, None] * _weights(W, partner, head_dim, NORM)[None, :]
-        at = _offset(tokens, stride_tn)[:, None] + columns[None, :]
-        cos = tl.load(COS + at, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(SIN + at, mask=mask, other=0.0).to(tl.float32)
-        x = x * cos + tl.where(first[None, :], -turned, turned) * sin
-    return x.to(stored.dtype)
-
-
-@triton.jit
-def _weights(W, columns, head_dim, NORM: tl.constexpr):
-    if NORM < 2:
-        return tl.full([columns.shape[0]], 1.0, tl.float32)
-    return tl.load(W + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
 
 
 # One is built for nearly all shapes; strides and head_dim are multiples of 16, which whole vectors need to know.
@@ -251,7 +198,7 @@ def _attend_exact(
     K_COS += batch * stride_ktb
     K_SIN += batch * stride_ktb
     in_out = (rows < q_len)[:, None] & in_head
-    q = _load(
+    q = load_rows(
         Q, rows, stride_qn, stride_qd, columns, in_out, Q_W, Q_COS, Q_SIN, stride_qtn, q_eps, head_dim, Q_NORM, Q_ROPE
     )
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -268,12 +215,12 @@ def _attend_exact(
     for start in tl.range(0, whole, KEYS, num_stages=STAGES):
         tokens = start + tl.arange(0, KEYS)
         in_kv = (tokens < kv_len)[:, None] & in_head
-        k = _load(
+        k = load_rows(
             K, tokens, stride_kn, stride_kd, columns, in_kv, K_W, K_COS, K_SIN, stride_ktn, k_eps, head_dim,
             K_NORM, K_ROPE,
         )  # fmt: skip
         v = tl.load(
-            V + _offset(tokens, stride_vn)[:, None] + _offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
+            V + offset(tokens, stride_vn)[:, None] + offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
         )
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
         x = tl.where((tokens < kv_len)[None, :], x, float("-inf"))
@@ -286,11 +233,11 @@ def _attend_exact(
         tokens = start + tl.arange(0, KEYS)
         in_kv = (tokens < kv_len)[:, None] & in_head
         v = tl.load(
-            V + _offset(tokens, stride_vn)[:, None] + _offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
+            V + offset(tokens, stride_vn)[:, None] + offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
         )
         is_finite = tl.max(tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1), 0) == 0
         if is_finite:
-            k = _load(
+            k = load_rows(
                 K, tokens, stride_kn, stride_kd, columns, in_kv, K_W, K_COS, K_SIN, stride_ktn, k_eps, head_dim,
                 K_NORM, K_ROPE,
             )  # fmt: skip
@@ -302,12 +249,12 @@ def _attend_exact(
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         else:
             for token in tl.range(start, tl.minimum(end, start + KEYS)):
-                k_row = _load(
+                k_row = load_rows(
                     K, token + tl.arange(0, 1), stride_kn, stride_kd, columns, in_head, K_W, K_COS, K_SIN, stride_ktn,
                     k_eps, head_dim, K_NORM, K_ROPE,
                 )  # fmt: skip
                 v_row = tl.load(
-                    V + _offset(token, stride_vn) + _offset(columns, stride_vd), mask=columns < head_dim, other=0.0
+                    V + offset(token, stride_vn) + offset(columns, stride_vd), mask=columns < head_dim, other=0.0
                 )
                 x_key = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1) * scale_log2e
                 sees = rows + ahead >= token
@@ -318,7 +265,7 @@ def _attend_exact(
 
     o = acc / row_sum[:, None]
     tl.store(
-        OUT + _offset(rows, stride_on)[:, None] + _offset(columns, stride_od)[None, :],
+        OUT + offset(rows, stride_on)[:, None] + offset(columns, stride_od)[None, :],
         o.to(OUT.dtype.element_ty),
         mask=in_out,
     )

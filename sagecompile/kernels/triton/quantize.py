@@ -4,7 +4,7 @@ In: q, k, v with any strides. Out: dense buffers padded to whole blocks, their s
 Why: the attention kernel then loads whole tiles without masks; heads that INT8 cannot hold are known without a sync.
 
 INT8 with a smoothed K follows SageAttention (https://arxiv.org/abs/2410.02367): softmax does not see a vector that is
-subtracted from every key. Q and K are rotated alike, so that no score changes: see sagecompile.ops.quantize.
+subtracted from every key. Q and K are balanced and rotated so that no score changes: see sagecompile.ops.quantize.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from .balance import balance
 
 BLOCK = 128
 """Tokens that share one scale of K, and the multiple to which every buffer is padded."""
@@ -33,12 +35,12 @@ class Quantized(NamedTuple):
     """What the attention kernel reads. N' is N padded to BLOCK, D' is D padded to 64, 96 or 128; padding is zero."""
 
     q: torch.Tensor
-    """(B * Hq, Nq', D') int8, rotated"""
+    """(B * Hq, Nq', D') int8, balanced and rotated"""
     q_factor: torch.Tensor
     """(B * Hq, Nq') float32: row scale * |softmax scale| * log2(e); the sign of the softmax scale is in q"""
     k: torch.Tensor
-    """(B * Hkv, Nk', D') int8, smoothed and rotated; with FP8 values, tokens are permuted inside groups of 16 (see
-    _position_of)"""
+    """(B * Hkv, Nk', D') int8, smoothed, balanced and rotated; with FP8 values, tokens are permuted inside groups of 16
+    (see _position_of)"""
     k_scale: torch.Tensor
     """(B * Hkv, Nk' / BLOCK) float32"""
     v: torch.Tensor
@@ -82,15 +84,14 @@ def quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float,
         v_amax=v_amax,
         flags=torch.zeros(kv_rows, dtype=torch.int32, device=q.device),
     )
-    k_mean = k.mean(-2, dtype=torch.float32).contiguous()
-
+    basis = balance(q, k, width).basis
     columns = triton.next_power_of_2(width)
     _quantize_k[(kv_rows * (kv_padded // BLOCK),)](
-        k, k_mean, result.k, result.k_scale, result.flags, kv_heads, kv_len, head_dim,
+        k, basis, result.k, result.k_scale, result.flags, kv_heads, kv_len, head_dim,
         *k.stride(), PERMUTE=fp8, WIDTH=width, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     _quantize_q[(q_rows * (q_padded // BLOCK),)](
-        q, result.q, result.q_factor, result.k_scale, result.flags, scale * LOG2E, q_heads, q_heads // kv_heads,
+        q, basis, result.q, result.q_factor, result.k_scale, result.flags, scale * LOG2E, q_heads, q_heads // kv_heads,
         q_len, kv_len, head_dim, *q.stride(), WIDTH=width, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     _quantize_v[(kv_rows * (kv_padded // BLOCK),)](
@@ -174,18 +175,19 @@ def _raise_flag(FLAGS, kv_head, x):
 
 @triton.jit(do_not_specialize=["length", "kv_length"])
 def _quantize_q(
-    Q, Q8, FACTOR, K_SCALE, FLAGS, scale_log2e, heads, group, length, kv_length, head_dim,
+    Q, BASIS, Q8, FACTOR, K_SCALE, FLAGS, scale_log2e, heads, group, length, kv_length, head_dim,
     stride_b, stride_h, stride_n, stride_d, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * Hq * blocks). Rotated, symmetric INT8 per token. Runs after _quantize_k, whose scales it reads."""
+    """Grid: (B * Hq * blocks). Balanced, rotated, symmetric INT8 per token. After _quantize_k: it reads its scales."""
     blocks = tl.cdiv(length, _BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = tl.program_id(0) % blocks * _BLOCK + tl.arange(0, _BLOCK)
     columns = tl.arange(0, COLUMNS)
     q = _load_block(Q, head, heads, tokens, length, columns, head_dim, stride_b, stride_h, stride_n, stride_d)
     scale = _rotation_scale(WIDTH, COLUMNS) * tl.where(scale_log2e < 0, -1.0, 1.0)
-    x = _rotate(q, _rotation(WIDTH, COLUMNS)) * scale[None, :]
     kv_head = head // group  # Hq = group * Hkv, so b * Hkv + h // group = (b * Hq + h) // group
+    balanced = tl.load(BASIS + kv_head * (3 * WIDTH) + columns, mask=columns < WIDTH, other=0.0)
+    x = _rotate(q * balanced.to(q.dtype)[None, :], _rotation(WIDTH, COLUMNS)) * scale[None, :]
     _raise_flag(FLAGS, kv_head, x)
     amax = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST_AMAX)
     factor = amax * (1 / 127) * tl.abs(scale_log2e)
@@ -203,17 +205,20 @@ def _quantize_q(
 
 @triton.jit(do_not_specialize=["length"])
 def _quantize_k(
-    K, MEAN, K8, SCALE, FLAGS, heads, length, head_dim, stride_b, stride_h, stride_n, stride_d,
+    K, BASIS, K8, SCALE, FLAGS, heads, length, head_dim, stride_b, stride_h, stride_n, stride_d,
     PERMUTE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * Hkv * blocks). Smoothed by the mean, rotated, then symmetric INT8 per block."""
+    """Grid: (B * Hkv * blocks). Smoothed by the mean, balanced, rotated, then symmetric INT8 per block."""
     blocks = tl.cdiv(length, _BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     tokens = block * _BLOCK + tl.arange(0, _BLOCK)
     columns = tl.arange(0, COLUMNS)
     k = _load_block(K, head, heads, tokens, length, columns, head_dim, stride_b, stride_h, stride_n, stride_d)
-    mean = tl.load(MEAN + head * head_dim + columns, mask=columns < head_dim, other=0.0)
+    BASIS += head * (3 * WIDTH) + columns
+    balanced = tl.load(BASIS + WIDTH, mask=columns < WIDTH, other=0.0)
+    mean = tl.load(BASIS + 2 * WIDTH, mask=columns < WIDTH, other=0.0)
+    k *= balanced.to(k.dtype)[None, :]
     matrix = _rotation(WIDTH, COLUMNS)
     inside = (tokens < length)[:, None]
     if k.dtype == tl.float32:
@@ -221,7 +226,7 @@ def _quantize_k(
     else:  # a rotation's rounding of the mean is the same for all keys
         x = tl.where(inside, _rotate(k, matrix) - tl.sum(mean[:, None] * matrix, 0)[None, :], 0.0)
     x = x * _rotation_scale(WIDTH, COLUMNS)[None, :]
-    _raise_flag(FLAGS, head, x)  # the mean carries every NaN and Inf of K into x
+    _raise_flag(FLAGS, head, x)  # a mean that is not finite makes all of x so
     amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), SMALLEST_AMAX)
     tl.store(SCALE + head * blocks + block, amax * (1 / 127))
     rows = head * blocks * _BLOCK + (_position_of(tokens) if PERMUTE else tokens)
