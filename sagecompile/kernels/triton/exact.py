@@ -219,9 +219,7 @@ def _attend_exact(
             K, tokens, stride_kn, stride_kd, columns, in_kv, K_W, K_COS, K_SIN, stride_ktn, k_eps, head_dim,
             K_NORM, K_ROPE,
         )  # fmt: skip
-        v = tl.load(
-            V + offset(tokens, stride_vn)[:, None] + offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
-        )
+        v = tl.load(V + offset(tokens, stride_vn)[:, None] + offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
         x = tl.where((tokens < kv_len)[None, :], x, float("-inf"))
         row_max, rescale, p = _step(row_max, x, tl.max(x, 1))
@@ -232,9 +230,7 @@ def _attend_exact(
     for start in tl.range(whole, end, KEYS):
         tokens = start + tl.arange(0, KEYS)
         in_kv = (tokens < kv_len)[:, None] & in_head
-        v = tl.load(
-            V + offset(tokens, stride_vn)[:, None] + offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0
-        )
+        v = tl.load(V + offset(tokens, stride_vn)[:, None] + offset(columns, stride_vd)[None, :], mask=in_kv, other=0.0)
         is_finite = tl.max(tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1), 0) == 0
         if is_finite:
             k = load_rows(
