@@ -18,7 +18,7 @@ from sagecompile.kernels import counts, hopper
 from sagecompile.kernels.hopper import parameters, relaunch, runtime
 from sagecompile.kernels.hopper.cut import cut_rows, even
 from sagecompile.kernels.prologue import Prologue
-from sagecompile.kernels.triton import exact
+from sagecompile.kernels.triton import balance, exact
 
 hopper_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -316,7 +316,7 @@ class TestLaunches:
 
     @pytest.fixture
     def launched(self, monkeypatch):
-        """Of each kernel, in turn: its parameters; of the exact one the addresses."""
+        """Of each kernel, in turn: its parameters; of the two of Triton the addresses."""
         found = []
 
         class Kernel:
@@ -330,6 +330,13 @@ class TestLaunches:
             found.append((tuple(x.data_ptr() for x in tensors), *tables))
             return exact.Repeated("Triton's", 7, lambda *values: values)
 
+        def balanced(q, k, width, *, q_prologue, k_prologue, **how):
+            basis = torch.empty(k.shape[0] * k.shape[1], 3, width)
+            tables = map(parameters.addresses_of, (q_prologue, k_prologue))
+            found.append((tuple(x.data_ptr() for x in (q, k, basis)), *tables))
+            return balance.Balanced(basis, "Triton's first", 5, lambda *values: values)
+
+        monkeypatch.setattr(balance, "balance", balanced)
         monkeypatch.setattr(relaunch.LIBRARY, "now", lambda: None)
         monkeypatch.setattr(hopper, "_check_limits", lambda q, k: None)
         monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
@@ -364,12 +371,13 @@ class TestLaunches:
     def test_each_reads_what_the_one_before_wrote(self, launched, plans, fused):
         q, k, v, out, *turns = self.tensors()
         self.attention(q, k, v, out, *turns, fused=fused)
-        quantize, attend, (tensors, *tables) = launched
+        (sampled, *sampled_tables), quantize, attend, (tensors, *tables) = launched
+        assert sampled == (q.data_ptr(), k.data_ptr(), quantize.basis) and attend.basis == quantize.basis
         assert (quantize.k.data, quantize.v.data) == (k.data_ptr(), v.data_ptr())
         assert (attend.q.data, attend.out.data, attend.tiles) == (q.data_ptr(), out.data_ptr(), quantize.tiles)
         assert tensors == (*(x.data_ptr() for x in (q, k, v, out)), attend.flags)
         expected = (0, *(x.data_ptr() for x in turns)) if fused else (0, 0, 0)
-        assert tables == [expected] * 2
+        assert tables == sampled_tables == [expected] * 2
         for prologue in (quantize.prologue, attend.prologue):
             assert tuple(getattr(prologue, name) or 0 for name in ("weight", "cos", "sin")) == expected
 
@@ -377,14 +385,17 @@ class TestLaunches:
     def test_a_plan_names_every_address(self, launched, plans, fused):
         tensors = self.tensors()
         self.attention(*tensors, fused=fused)
-        ((library, out, tiles_bytes, flags_bytes, (quantize, attend, repeated)),) = plans
+        ((library, out, made, (sampled, quantize, attend, repeated)),) = plans
+        basis_bytes, tiles_bytes, flags_bytes = made
         turns = {"cos", "sin"} if fused else set()
         tables = (None, "cos", "sin") if fused else (None, None, None)
         assert library == "C++" and out is tensors[3]
+        assert basis_bytes == 4 * 4 * 3 * 64  # float32, of 4 KV heads
         assert tiles_bytes == 4 * parameters.tiles_shape(tensors[1], parameters.variant_of(64, out.dtype, FAST))[2]
         assert flags_bytes == 4 * 8 * 6  # int32, of 8 heads, of each 16 of 90 rows
-        assert set(quantize.addresses.values()) == {"k", "v", "tiles"} | turns and not quantize.overlap
-        assert set(attend.addresses.values()) == {"q", "out", "tiles", "flags"} | turns and attend.overlap
+        assert set(quantize.addresses.values()) == {"k", "v", "basis", "tiles"} | turns and quantize.overlap
+        assert set(attend.addresses.values()) == {"q", "out", "basis", "tiles", "flags"} | turns and attend.overlap
+        assert sampled == ("Triton's first", 5, (("q", "k", "basis"), tables, tables))
         assert repeated == ("Triton's", 7, (("q", "k", "v", "out", "flags", "counts"), tables, tables))
 
     def test_where_a_site_is_counted_is_said_to_c(self, launched, plans, monkeypatch):
@@ -405,7 +416,7 @@ class TestLaunches:
     def test_without_a_library_there_is_no_plan(self, launched, plans, monkeypatch):
         monkeypatch.setattr(relaunch.LIBRARY, "now", lambda: None)
         self.attention(*self.tensors())
-        assert len(launched) == 3 and not plans
+        assert len(launched) == 4 and not plans
 
 
 def test_a_first_call_has_all_formats_compiled_at_once(monkeypatch):
