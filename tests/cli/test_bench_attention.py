@@ -190,7 +190,7 @@ def test_flash_attention_3_of_an_installed_vllm_is_found(folder, monkeypatch):
 def provider(monkeypatch):
     """A provider that offers quantize and attend: K in INT8, V in 16 bits."""
 
-    def quantize(k, v, *, format):
+    def quantize(q, k, v, *, format):
         scale = k.abs().amax() / 127
         return (k / scale).round().to(torch.int8), v.clone(), scale
 
@@ -200,7 +200,7 @@ def provider(monkeypatch):
         how = {"is_causal": call.is_causal, "scale": call.scale}
         out.copy_(F.scaled_dot_product_attention(call.q, k, v_copy, **how))
 
-    def broken(k, v, *, format):
+    def broken(q, k, v, *, format):
         raise RuntimeError("no such kernel")
 
     for name, functions in {
