@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from sagecompile.decide import Use
 from sagecompile.kernels import counts
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.prologue import Prologue
 from sagecompile.kernels.sdpa import sdpa
 from sagecompile.ops import reference
@@ -73,34 +74,34 @@ def _watched(op: Callable[..., torch.Tensor], measured: Measured) -> Callable[..
             return out
         calls, _, exact = counts.read(wait=True).get(how["site"], counts.Counts())
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            scale = how["scale"] if how["scale"] is not None else q.shape[3] ** -0.5
+            call = Call(q, k, v, scale, how["ahead"])
             if of_prologues:
                 q_weight, k_weight, cos, sin = of_prologues
-                q = Prologue(how["q_eps"], q_weight, how["q_rope"], cos, sin).apply(q).to(q.dtype)
-                k = Prologue(how["k_eps"], k_weight, how["k_rope"], cos, sin).apply(k).to(k.dtype)
-            scale = how["scale"] if how["scale"] is not None else q.shape[3] ** -0.5
-            error = _error(q, k, v, out, scale, how["ahead"])
+                q_prologue = Prologue(how["q_eps"], q_weight, how["q_rope"], cos, sin)
+                k_prologue = Prologue(how["k_eps"], k_weight, how["k_rope"], cos, sin)
+                call = replace(call, q_prologue=q_prologue, k_prologue=k_prologue).after_prologues()
+            error = _error(call, out)
             rows = exact - exact_before
             if calls == calls_before:  # the provider does not tell
-                rows = _specified_rows(q, k, v, scale=scale, ahead=how["ahead"], format=how["format"])
+                # A kernel judges by tiles, and may have a few more than the format's specification.
+                rows = sum(int(reference.exact_rows(head, format=how["format"]).sum()) for head, _ in _heads(call, out))
         measured.add(error, rows / out[..., 0].numel())
         return out
 
     return attention
 
 
-def _error(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, ahead: int | None
-) -> float:
+def _error(call: Call, out: torch.Tensor) -> float:
     """||out - exact|| / ||exact||, without the elements that are NaN or Inf in exact attention."""
-    wrong = size = torch.zeros((), dtype=torch.float64, device=q.device)
-    for q_head, k_head, v_head, out_head in _by_kv_head(q, k, v, out):
-        k_head, v_head = k_head.double(), v_head.double()
-        step = max(1, MAX_SCORES // (q_head.shape[1] * k.shape[2]))
-        for start in range(0, q.shape[2], step):
+    wrong = size = torch.zeros((), dtype=torch.float64, device=out.device)
+    for head, out_head in _heads(call, out):
+        head = replace(head, k=head.k.double(), v=head.v.double())
+        step = max(1, MAX_SCORES // (head.q.shape[1] * head.k.shape[2]))
+        for start in range(0, head.q.shape[2], step):
             part = slice(start, start + step)
-            seen = slice(None if ahead is None else ahead + start + step)
-            tensors = q_head[:, :, part].double(), k_head[:, :, seen], v_head[:, :, seen]
-            exact = sdpa(*tensors, scale=scale, is_causal=ahead is not None, causal_offset=(ahead or 0) + start)
+            ahead = None if call.ahead is None else call.ahead + start
+            exact = sdpa(replace(head, q=head.q[:, :, part].double(), ahead=ahead).of_seen_keys())
             finite = exact.isfinite()
             difference = torch.where(finite, out_head[:, :, part] - exact, 0.0)
             wrong = wrong + difference.square().sum()
@@ -110,16 +111,11 @@ def _error(
     return math.sqrt(wrong / size) if size and wrong.isfinite() else math.inf
 
 
-def _specified_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> int:
-    """How many rows the format's specification computes exactly: a kernel judges by tiles, and may have a few more."""
-    return sum(int(reference.exact_rows(*heads, **how).sum()) for heads in _by_kv_head(q, k, v))
-
-
-def _by_kv_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *like_q: torch.Tensor) -> Iterator[Any]:
-    """Every KV head by itself, with the query heads that share it; all tensors have 4 dims."""
-    group = q.shape[1] // k.shape[1]
-    for batch in range(q.shape[0]):
-        for head in range(k.shape[1]):
+def _heads(call: Call, out: torch.Tensor) -> Iterator[tuple[Call, torch.Tensor]]:
+    """Every KV head by itself, with the query heads that share it and what they have of `out`."""
+    group = call.q.shape[1] // call.k.shape[1]
+    for batch in range(call.q.shape[0]):
+        for head in range(call.k.shape[1]):
             its, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
             one = slice(batch, batch + 1)
-            yield q[one, its], k[one, own], v[one, own], *(x[one, its] for x in like_q)
+            yield replace(call, q=call.q[one, its], k=call.k[one, own], v=call.v[one, own]), out[one, its]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from support import exact_attention, share_libraries
 
 from sagecompile.cost import local
+from sagecompile.kernels.call import Call
 from sagecompile.ops import reference
 
 
@@ -58,9 +58,9 @@ def no_grad() -> Iterator[None]:
 def not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference without quantization, in float64, so that any other error shows, be it small."""
 
-    def exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, **how: Any) -> None:
-        prologues = how.get("q_prologue"), how.get("k_prologue")
-        q, k = (x if p is None else p.apply(x) for x, p in zip((q, k), prologues, strict=True))
-        out.copy_(exact_attention(q, k, v, scale=how["scale"], is_causal=how["is_causal"]))
+    def exactly(call: Call, out: torch.Tensor, *, format: str) -> None:
+        prologues = call.q_prologue, call.k_prologue
+        q, k = (x if p is None else p.apply(x) for x, p in zip((call.q, call.k), prologues, strict=True))
+        out.copy_(exact_attention(q, k, call.v, scale=call.scale, is_causal=call.is_causal))
 
     monkeypatch.setattr(reference, "attention", exactly)

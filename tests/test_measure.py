@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sagecompile import OptionError, exact_rows, explain, measure
 from sagecompile.kernels import counts, cpu
+from sagecompile.kernels.call import Call
 from sagecompile.ops import attention, reference
 from sagecompile.report import Entry, Measured
 from tests.support import FAST, exact_attention, hard_inputs, relative_error, turned_by_rope
@@ -71,7 +72,7 @@ def by_hand(provider, format, q, k, v, *, scale=None, is_causal=False):
     error = relative_error(attention(q, k, v, **how, site=name), exact_attention(q, k, v, scale, is_causal))
     if provider == "cpu":
         return error, exact_rows()[name].exact / q[..., 0].numel()
-    rows = reference.exact_rows(q, k, v, scale=scale or q.shape[-1] ** -0.5, ahead=ahead, format=format)
+    rows = reference.exact_rows(Call(q, k, v, scale or q.shape[-1] ** -0.5, ahead), format=format)
     return error, float(rows.float().mean())
 
 

@@ -19,12 +19,10 @@ def module(provider: str) -> ModuleType:
 
 
 def launcher(provider: str) -> Callable[..., None]:
-    """`attention(q, k, v, out, *, scale, is_causal, format, site="")` of a provider.
+    """`attention(call, out, *, format)` of a provider: writes all of `out`, which is like the call's q.
 
-    One that knows how many rows it computes exactly counts them under the name `site`, see counts.py.
-
-    One that says `prologues` in `formats.py` also takes `q_prologue` and `k_prologue`, each a `Prologue` or None; one
-    that says `causal_offset` also takes that.
+    It gets no prologue and no `ahead` but 0 where its row in formats.py does not say that it has them. One that knows
+    how many rows it computes exactly counts them under the name of the call's site, see counts.py.
     """
     launch: Callable[..., None] = module(provider).attention
     return launch

@@ -9,21 +9,22 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sagecompile.formats import FORMATS, PROVIDERS, beats, fuses
-from sagecompile.site import AttentionSite, Device
-from sagecompile.site import Prologue as Made
+from sagecompile.site import AttentionSite, Device, Prologue
 
 from . import launcher, module
-from .prologue import Prologue, example
+from .call import Call
+from .prologue import example
+from .sdpa import sdpa
 
 logger = logging.getLogger("sagecompile")
 
@@ -152,7 +153,7 @@ def _trial(
     head_dim: int,
     dtype: str,
     is_causal: bool,
-    prologues: tuple[Made, Made] | None,
+    prologues: tuple[Prologue, Prologue] | None,
 ) -> str | None:
     """Build and launch the kernel on a small input and compare it with SDPA; the failure as text, or None.
 
@@ -183,20 +184,18 @@ def _trial_error(
     head_dim: int,
     dtype: str,
     is_causal: bool,
-    prologues: tuple[Made, Made] | None,
+    prologues: tuple[Prologue, Prologue] | None,
 ) -> float:
     generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay as they are
     tokens = PROVIDERS[provider].trial_tokens
     assert tokens is not None
     shape = (3, 1, 2, tokens, head_dim)
     q, k, v = torch.randn(shape, generator=generator).to(where, getattr(torch, dtype))
+    q_prologue, k_prologue = (
+        kind and example(kind, tokens, head_dim, generator, where) for kind in prologues or (None, None)
+    )
+    call = Call(q, k, v, head_dim**-0.5, 0 if is_causal else None, q_prologue, k_prologue)
     out = torch.empty_like(q)
-    made: dict[str, Prologue] = {}
-    if prologues is not None:
-        for name, given in zip(("q_prologue", "k_prologue"), prologues, strict=True):
-            made[name] = example(given, tokens, head_dim, generator, where)
-    launcher(provider)(q, k, v, out, scale=head_dim**-0.5, is_causal=is_causal, format=format, **made)
-    if made:
-        q, k = made["q_prologue"].apply(q), made["k_prologue"].apply(k)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+    launcher(provider)(call, out, format=format)
+    expected = sdpa(replace(call, q=q.float(), k=k.float(), v=v.float()).after_prologues())
     return float((out.float() - expected).norm() / expected.norm())

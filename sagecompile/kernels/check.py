@@ -1,6 +1,6 @@
 """The check in front of every kernel of our own: what a launcher may be given.
 
-In: q, k, v, the output, and what the provider runs. Out: nothing, or ValueError with what was given and what is needed.
+In: a call, its output, and what the provider runs. Out: nothing, or ValueError with what was given and what is needed.
 """
 
 from __future__ import annotations
@@ -9,23 +9,17 @@ from collections.abc import Collection
 
 import torch
 
+from .call import Call
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    format: str,
-    formats: Collection[str],
-    max_head_dim: int,
-    causal_offset: int = 0,
-) -> None:
+def check(call: Call, out: torch.Tensor, format: str, formats: Collection[str], max_head_dim: int) -> None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; one dtype, one device; nothing empty.
 
-    A causal offset (query i sees the keys j <= i + causal_offset) leaves every query a key.
+    Every query sees a key.
     """
+    q, k, v = call.q, call.k, call.v
     if format not in formats:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(formats)}")
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or out.shape != q.shape:
@@ -39,7 +33,7 @@ def check(
         raise ValueError(f"{given}: every size must be at least 1, and D at most {max_head_dim}")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
         raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {DTYPES} for all four")
-    if causal_offset < 0:
-        raise ValueError(f"causal_offset {causal_offset}: must be at least 0")
+    if call.ahead is not None and call.ahead < 0:
+        raise ValueError(f"ahead {call.ahead}: must be at least 0")
     if not q.device == k.device == v.device == out.device:
         raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need one device")

@@ -50,17 +50,17 @@ def table_strides(x: torch.Tensor) -> tuple[int, int]:
 
 
 def example(
-    made: site.Prologue, tokens: int, head_dim: int, generator: torch.Generator, where: torch.device
+    kind: site.Prologue, tokens: int, head_dim: int, generator: torch.Generator, where: torch.device
 ) -> Prologue:
     """A prologue of this kind on random numbers of the CPU's `generator`."""
 
     def on_device(x: torch.Tensor, dtype: str | None) -> torch.Tensor | None:
         return None if dtype is None else x.to(where, getattr(torch, dtype))
 
-    weight = on_device(0.5 + torch.rand(head_dim, generator=generator), made.weight)
+    weight = on_device(0.5 + torch.rand(head_dim, generator=generator), kind.weight)
     turns = 6.3 * torch.rand((1, tokens, head_dim), generator=generator)
-    cos, sin = on_device(turns.cos(), made.table), on_device(turns.sin(), made.table)
-    return Prologue(1e-6 if made.norm else None, weight, made.rope, cos, sin)
+    cos, sin = on_device(turns.cos(), kind.table), on_device(turns.sin(), kind.table)
+    return Prologue(1e-6 if kind.norm else None, weight, kind.rope, cos, sin)
 
 
 def turned(x: torch.Tensor, rope: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Attention by the installed `sageattention` package, called only where it was seen to be right.
 
-In: q, k, v and an output to fill. Out: `out` written; before any call, `refusal` says why the package must not get it.
+In: a call and an output to fill. Out: `out` written; before any call, `refusal` says why the package must not get it.
 Why: 1.0.6 (PyPI) and 2.x (source builds) modify K, read past tails or use the wrong stream; this gives what they need.
 
 1.0.6 is called as its source wants it; 2.x by the documented signature of `sageattn_qk_int8_pv_fp8_cuda_sm90` in the
@@ -9,11 +9,13 @@ main branch of its repository (https://github.com/thu-ml/SageAttention). Both we
 
 import importlib
 import importlib.metadata
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 
+from sagecompile.kernels.call import Call
 from sagecompile.site import AttentionSite
 
 CAPABILITY = (9, 0)
@@ -110,77 +112,65 @@ def refusal_of(
     return None
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    format: str,
-    site: str = "",
-) -> None:
-    """softmax(scale * q k^T) v into out, for a call that `refusal` lets pass. Nothing is counted for a site.
-
-    q, out: (B, Hq, N, D); k, v: (B, Hkv, N, D), any strides.
-    """
-    with torch.cuda.device(q.device):
+def attention(call: Call, out: torch.Tensor, *, format: str) -> None:
+    """The call's result into out, (B, Hq, N, D) with any strides, if `refusal` lets it pass. Nothing is counted."""
+    k = call.k
+    with torch.cuda.device(k.device):
         k_smooth = (k.float() - k.mean(-2, keepdim=True, dtype=torch.float32)).to(k.dtype).contiguous()
-        if format == "qk_int8_pv_fp16":
-            flags = _attend_1(q, k_smooth, v, out, scale=scale, is_causal=is_causal)
-        else:
-            flags = _attend_2(q, k_smooth, v, out, scale=scale, is_causal=is_causal)
+        smooth = replace(call, k=k_smooth)
+        flags = _attend_1(smooth, out) if format == "qk_int8_pv_fp16" else _attend_2(smooth, out)
         from .triton.exact import recompute_flagged
 
-        recompute_flagged(q, k, v, out, flags, scale=scale, is_causal=is_causal)
+        recompute_flagged(replace(call, site=""), out, flags)
 
 
-def _attend_1(
-    q: torch.Tensor, k_smooth: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool
-) -> torch.Tensor:
+def _attend_1(call: Call, out: torch.Tensor) -> torch.Tensor:
     """1.0.6. V goes in scaled by a power of two to about 1: it is cast to float16, and summed there by 64."""
     from sageattention import sageattn
 
+    q, v = call.q, call.v
     v_norm = torch.linalg.vector_norm(v, ord=float("inf"), dim=-2, keepdim=True, dtype=torch.float32)
     exponent = torch.frexp(v_norm).exponent.clamp(-126, 127)  # 2^exponent stays a finite, normal float32
     v_scaled = torch.ldexp(v.float(), -exponent).to(v.dtype).contiguous()
-    result = sageattn(q.contiguous(), k_smooth, v_scaled, is_causal=is_causal, sm_scale=scale, smooth_k=False)
+    result = sageattn(q.contiguous(), call.k, v_scaled, is_causal=call.is_causal, sm_scale=call.scale, smooth_k=False)
     out.copy_(torch.ldexp(result.float(), exponent.repeat_interleave(q.shape[1] // v.shape[1], dim=1)))
-    return _flags(q, k_smooth, v, scale)
+    return _flags(call)
 
 
-def _attend_2(
-    q: torch.Tensor, k_smooth: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, is_causal: bool
-) -> torch.Tensor:
+def _attend_2(call: Call, out: torch.Tensor) -> torch.Tensor:
     """2.2.0. Its kernel runs on the default stream, which waits for the current one before, and is waited for after."""
     from sageattention import sageattn_qk_int8_pv_fp8_cuda_sm90
 
-    q_ready, v_ready = (q if scale >= 0 else -q).contiguous(), v.contiguous()
+    q, scale = call.q, call.scale
+    q_ready, v_ready = (q if scale >= 0 else -q).contiguous(), call.v.contiguous()
     current, default = torch.cuda.current_stream(q.device), torch.cuda.default_stream(q.device)
     default.wait_stream(current)
     with torch.cuda.stream(default):
         result = sageattn_qk_int8_pv_fp8_cuda_sm90(
             q_ready,
-            k_smooth,
+            call.k,
             v_ready,
-            is_causal=is_causal,
+            is_causal=call.is_causal,
             sm_scale=abs(scale),
             pv_accum_dtype="fp32+fp32",
             smooth_k=False,
         )
         out.copy_(result)
     current.wait_stream(default)
-    return _flags(q, k_smooth, v, scale)
+    return _flags(call)
 
 
-def _flags(q: torch.Tensor, k_smooth: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B * Hkv) int32: 1 where a value is not finite or a score could be too large: the package notices neither."""
+def _flags(call: Call) -> torch.Tensor:
+    """Of a call with smooth K, (B * Hkv) int32: 1 where a value is not finite or a score could be too large.
+
+    The package notices neither.
+    """
     q_norm, k_norm, v_norm = (
-        torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), dtype=torch.float32) for x in (q, k_smooth, v)
+        torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), dtype=torch.float32)
+        for x in (call.q, call.k, call.v)
     )
-    q_norm = q_norm.unflatten(1, (k_smooth.shape[1], -1)).amax(-1)
-    score = q_norm * k_norm * (abs(scale) * 1.4426950408889634 * q.shape[-1])
+    q_norm = q_norm.unflatten(1, (call.k.shape[1], -1)).amax(-1)
+    score = q_norm * k_norm * (abs(call.scale) * 1.4426950408889634 * call.q.shape[-1])
     fine: torch.Tensor = torch.isfinite(v_norm) & (score < LARGEST_SCORE)
     return torch.logical_not(fine).to(torch.int32).flatten()
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from sagecompile import kernels
 from sagecompile.errors import UnsupportedError
 from sagecompile.formats import FORMATS, PROVIDERS
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.prologue import ROPES, Prologue
 
 _HOW = 'float? scale, SymInt? ahead, str format, str provider, bool tokens_first, str site=""'
@@ -117,27 +118,21 @@ def _empty(q: torch.Tensor, tokens_first: bool) -> torch.Tensor:
     return q.new_empty((batch, heads, q_len, head_dim))
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None,
-    ahead: int | None,
-    format: str,
-    provider: str,
-    tokens_first: bool,
-    site: str,
-    **prologues: Prologue | None,
-) -> torch.Tensor:
-    """Of checked arguments; only a provider that has prologues is given any."""
+def _scale(scale: float | None, q: torch.Tensor) -> float:
+    """SDPA's own where none is given."""
+    return scale if scale is not None else 1 / math.sqrt(max(1, q.shape[3]))
+
+
+def _attend(call: Call, format: str, provider: str, tokens_first: bool) -> torch.Tensor:
+    """Of a checked call."""
+    q, k, v = call.q, call.k, call.v
     out = _empty(q, tokens_first)
-    scale = scale if scale is not None else 1 / math.sqrt(max(1, q.shape[3]))
     if q.numel() == 0:
         return out
-    _check_ahead(ahead, provider)
+    _check_ahead(call.ahead, provider)
     if k.shape[2] == 0:
-        return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
-    _launch(provider, q, k, v, out, ahead, scale=scale, format=format, site=site, **prologues)
+        return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=True))
+    _launch(call, out, format, provider)
     return out
 
 
@@ -149,16 +144,11 @@ def _check_ahead(ahead: int | None, provider: str) -> None:
         raise UnsupportedError(f"ahead {ahead}: {provider} needs 0 or None")
 
 
-def _launch(
-    provider: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, ahead: int | None, **how: Any
-) -> None:
+def _launch(call: Call, out: torch.Tensor, format: str, provider: str) -> None:
     """Without autocast, which would round the exact INT8 products of the reference; turning it off takes time, too."""
-    how["is_causal"] = ahead is not None
-    if ahead:
-        how["causal_offset"] = ahead
-    autocast = torch.is_autocast_enabled(q.device.type)
-    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        kernels.launcher(provider)(q, k, v, out, **how)
+    device = out.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        kernels.launcher(provider)(call, out, format=format)
 
 
 @torch.library.impl(library, "attention", "CompositeExplicitAutograd")
@@ -177,7 +167,8 @@ def _attention(
 ) -> torch.Tensor:
     _check_gradients(q, k, v)
     _check(q, k, v, format, provider)
-    return _attend(q, k, v, scale, ahead, format, provider, tokens_first, site)
+    call = Call(q, k, v, _scale(scale, q), ahead, site=site)
+    return _attend(call, format, provider, tokens_first)
 
 
 @torch.library.impl(library, "attention_into", "CompositeExplicitAutograd")
@@ -207,7 +198,7 @@ def _attention_into(
         return
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # for whoever saved it for a gradient
-    _launch(provider, q, k, v, out, ahead, scale=scale, format=format, site=site)
+    _launch(Call(q, k, v, scale, ahead, site=site), out, format, provider)
 
 
 @torch.library.impl(library, "qk_norm_rope_attention", "CompositeExplicitAutograd")
@@ -239,13 +230,15 @@ def _qk_norm_rope_attention(
         raise UnsupportedError(f"provider {provider!r}: RMSNorm and RoPE of q and k need one of {able}")
     if q_rope == k_rope == "none" and not (cos is None and sin is None):
         raise UnsupportedError("cos and sin without q_rope or k_rope: needs one of them other than 'none'")
-    prologues: dict[str, Prologue | None] = {}
+    prologues = []
     for name, x, eps, weight, rope in (("q", q, q_eps, q_weight, q_rope), ("k", k, k_eps, k_weight, k_rope)):
         tables = {} if rope == "none" else {"cos": cos, "sin": sin}
         prologue = Prologue(eps, weight, rope, **tables)
         _check_prologue(x, name, prologue)
-        prologues[f"{name}_prologue"] = None if eps is None and rope == "none" else prologue
-    return _attend(q, k, v, scale, ahead, format, provider, tokens_first, site, **prologues)
+        prologues.append(None if eps is None and rope == "none" else prologue)
+    q_prologue, k_prologue = prologues
+    call = Call(q, k, v, _scale(scale, q), ahead, q_prologue, k_prologue, site)
+    return _attend(call, format, provider, tokens_first)
 
 
 def _fake(q: torch.Tensor, *_: Any, tokens_first: bool, **__: Any) -> torch.Tensor:

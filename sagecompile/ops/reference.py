@@ -1,9 +1,9 @@
 """Quantized attention in plain torch: the specification of every format, on any device.
 
-In: q (B, H, Nq, D), k and v (B, Hkv, Nk, D), any strides. Out: `out` (B, H, Nq, D), wholly written. INT8 products are
-exact, memory is bounded by working on slices of the queries, and what INT8 cannot hold is computed by SDPA: heads with
-a NaN, an Inf or scores that are too steep, and what quantize.exact_rows says. Keys that no query sees are not read.
-What a prologue makes of q or k is rounded to its dtype, as the graph's own lines would.
+In: a call. Out: `out` (B, H, Nq, D), wholly written. INT8 products are exact, memory is bounded by working on slices of
+the queries, and what INT8 cannot hold is computed by SDPA: heads with a NaN, an Inf or scores that are too steep, and
+what quantize.exact_rows says. Keys that no query sees are not read. What a prologue makes of q or k is rounded to its
+dtype, as the graph's own lines would.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import torch
 
 from sagecompile.kernels import counts
-from sagecompile.kernels.prologue import Prologue
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.sdpa import sdpa
 
 from . import quantize
@@ -25,58 +25,35 @@ MAX_SCORES = 1 << 25
 """Scores held at a time (128 MiB in float32)."""
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    format: str,
-    causal_offset: int = 0,
-    q_prologue: Prologue | None = None,
-    k_prologue: Prologue | None = None,
-    site: str = "",
-) -> None:
-    """Write softmax(q k^T * scale) v into `out`; `is_causal` lets query i see the keys j <= i + causal_offset."""
-    if q_prologue is not None:
-        q = q_prologue.apply(q).to(q.dtype)
-    if k_prologue is not None:
-        k = k_prologue.apply(k).to(k.dtype)
-    if is_causal:
-        k, v = (x[:, :, : q.shape[2] + causal_offset] for x in (k, v))
-    result, exact = _quantized(q, k, v, scale, is_causal, format, causal_offset)
+def attention(call: Call, out: torch.Tensor, *, format: str) -> None:
+    """Write the call's result into `out`."""
+    call = call.after_prologues().of_seen_keys()
+    result, exact = _quantized(call, format)
     out.copy_(result)
-    counts.add(exact, site)
-    _mend(q, k, v, out, exact, scale, is_causal, causal_offset)
+    counts.add(exact, call.site)
+    _mend(call, out, exact)
 
 
-def exact_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, ahead: int | None, format: str
-) -> torch.Tensor:
+def exact_rows(call: Call, *, format: str) -> torch.Tensor:
     """Which rows `attention` computes exactly: (B, H, Nq)."""
-    if ahead is not None:
-        k, v = (x[:, :, : q.shape[2] + ahead] for x in (k, v))
-    return _quantized(q, k, v, scale, ahead is not None, format, ahead or 0)[1]
+    return _quantized(call.after_prologues().of_seen_keys(), format)[1]
 
 
-def _quantized(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, format: str, causal_offset: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows by the format, and which of them (B, H, Nq) are to be exact instead; of the keys that queries see."""
+def _quantized(call: Call, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows by the format, and which of them (B, H, Nq) are to be exact instead; of a call of seen keys alone."""
+    q, k, v, ahead = call.q, call.k, call.v, call.ahead
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads
     # One row of queries a KV head: its group's heads one after the other, so that K and V are never repeated.
     rows = q.reshape(batch, kv_heads, group * q_len, head_dim).float()
-    position = torch.arange(causal_offset, causal_offset + q_len, device=q.device).repeat(group)
+    last_key = torch.arange(q_len, device=q.device).repeat(group) + (ahead or 0)
     key_position = torch.arange(kv_len, device=q.device)
     smooth = quantize.smooth_k(k)
     factor = quantize.balance(rows, smooth)
     q_int, q_scale = quantize.int8_per_token(quantize.rotate(rows * factor))
     k_int, k_scale = quantize.int8_per_block(quantize.rotate(smooth / factor))
-    q_scale = q_scale * (scale * LOG2_E)
+    q_scale = q_scale * (call.scale * LOG2_E)
     if format == "qk_int8_pv_fp8":
         values, v_scale = quantize.fp8_per_channel(v)
         v_scale = v_scale / P_FP8_SCALE
@@ -93,8 +70,8 @@ def _quantized(
     for start in range(0, group * q_len, step):
         part = slice(start, start + step)
         scores = (q_int[:, :, part] @ k_int.mT) * q_scale[:, :, part] * k_scale
-        if is_causal:
-            scores.masked_fill_(key_position > position[part, None], -math.inf)
+        if ahead is not None:
+            scores.masked_fill_(key_position > last_key[part, None], -math.inf)
         p = torch.exp2(scores - scores.amax(-1, keepdim=True))
         total = p.sum(-1, keepdim=True)
         if v_scale is not None:
@@ -145,21 +122,11 @@ class _Guard:
         return error, size
 
 
-def _mend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    exact: torch.Tensor,
-    scale: float,
-    is_causal: bool,
-    causal_offset: int,
-) -> None:
+def _mend(call: Call, out: torch.Tensor, exact: torch.Tensor) -> None:
     """Give the rows `exact` (B, H, Nq), which INT8 cannot hold, SDPA's own result.
 
     On a GPU both results are computed, so as not to wait for the answer.
     """
-    if q.device.type == "cpu" and not bool(exact.any()):
+    if out.device.type == "cpu" and not bool(exact.any()):
         return
-    result = sdpa(q, k, v, scale=scale, is_causal=is_causal, causal_offset=causal_offset)
-    out.copy_(torch.where(exact[..., None], result, out))
+    out.copy_(torch.where(exact[..., None], sdpa(call), out))

@@ -194,10 +194,11 @@ def provider(monkeypatch):
         scale = k.abs().amax() / 127
         return (k / scale).round().to(torch.int8), v.clone(), scale
 
-    def attend(q, k, v, quantized, out, *, scale, is_causal, format):
+    def attend(call, quantized, out, *, format):
         k_int8, v_copy, k_scale = quantized
-        out.copy_(F.scaled_dot_product_attention(q, k_int8.to(q.dtype) * k_scale, v_copy, None, 0.0, is_causal,
-                                                 scale=scale))  # fmt: skip
+        k = k_int8.to(out.dtype) * k_scale
+        how = {"is_causal": call.is_causal, "scale": call.scale}
+        out.copy_(F.scaled_dot_product_attention(call.q, k, v_copy, **how))
 
     def broken(k, v, *, format):
         raise RuntimeError("no such kernel")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sagecompile import formats
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import available, hopper, sageattention
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.cpu import build
 from sagecompile.kernels.hopper import runtime
 from sagecompile.ops import reference
@@ -44,16 +45,17 @@ def install(monkeypatch):
     return put
 
 
-def sdpa(q, k, v, out, *, scale, is_causal, format):
-    out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal))
+def sdpa(call: Call, out, *, format):
+    result = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale, is_causal=call.is_causal)
+    out.copy_(result)
 
 
-def broken(q, k, v, out, **_):
+def broken(call, out, *, format):
     raise RuntimeError("ptxas fatal: no such instruction")
 
 
-def wrong(q, k, v, out, **_):
-    out.copy_(v)
+def wrong(call, out, *, format):
+    out.copy_(call.v)
 
 
 def test_a_kernel_that_works_is_not_refused(install):
@@ -161,11 +163,11 @@ def test_a_model_still_runs_on_a_broken_kernel(install):
 def test_a_trial_that_found_no_memory_is_made_again(install, error):
     tried = []
 
-    def hungry(q, k, v, out, **how):
-        tried.append(q)
+    def hungry(call, out, *, format):
+        tried.append(call)
         if len(tried) == 1:
             raise error("no memory left")
-        sdpa(q, k, v, out, **how)
+        sdpa(call, out, format=format)
 
     install(hungry)
     reasons = [available.refusal(SITE, "qk_int8_pv_fp16", "triton", cuda_graphs=False) for _ in range(3)]
@@ -203,8 +205,8 @@ class TestTrialOfAPrologue:
 
     @pytest.mark.parametrize("ignored", ["q_prologue", "k_prologue"])
     def test_one_that_does_not_is_refused(self, monkeypatch, ignored):
-        def attention(*tensors, **how):
-            reference.attention(*tensors, **how | {ignored: None})
+        def attention(call, out, *, format):
+            reference.attention(replace(call, **{ignored: None}), out, format=format)
 
         monkeypatch.setattr(available, "launcher", lambda provider: attention)
         refused = available.refusal(self.SITE, "qk_int8_pv_fp8", "hopper", cuda_graphs=False)

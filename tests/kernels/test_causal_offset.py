@@ -1,9 +1,11 @@
-"""Causality shifted, as where the first keys are a cached context: query i sees the keys j <= i + causal_offset.
+"""Causality shifted, as where the first keys are a cached context: query i sees the keys j <= i + ahead.
 
 In: every provider that says it can, on its device. Out: the relative L2 error against float64, or SDPA under that mask.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 
 from sagecompile.formats import PROVIDERS
 from sagecompile.kernels import cpu, launcher
+from sagecompile.kernels.call import Call
 from sagecompile.ops import reference
 from tests.support import ACCURATE, TOLERANCE, exact_attention, relative_error
 
@@ -45,10 +48,10 @@ def launch(request: pytest.FixtureRequest):
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != needed:
         pytest.skip(f"needs a CUDA GPU of compute capability {needed}")
 
-    def launch_on_gpu(q, k, v, out, **how):
-        moved = [x.cuda() for x in (q, k, v, out)]
-        launcher(name)(*moved, **how)
-        out.copy_(moved[3])
+    def launch_on_gpu(call, out, *, format):
+        moved = out.cuda()
+        launcher(name)(replace(call, q=call.q.cuda(), k=call.k.cuda(), v=call.v.cuda()), moved, format=format)
+        out.copy_(moved)
 
     return launch_on_gpu
 
@@ -60,9 +63,9 @@ def inputs(q_len, kv_len, heads=4, kv_heads=2, dim=64, dtype=torch.float32):
     return q, k, torch.randn(1, kv_len, kv_heads, dim).to(dtype).transpose(1, 2)
 
 
-def attend(launch, q, k, v, offset, is_causal=True):
+def attend(launch, q, k, v, ahead):
     out = torch.full_like(q, float("nan"))
-    launch(q, k, v, out, scale=q.shape[-1] ** -0.5, is_causal=is_causal, format=ACCURATE, causal_offset=offset)
+    launch(Call(q, k, v, q.shape[-1] ** -0.5, ahead), out, format=ACCURATE)
     return out
 
 
@@ -94,11 +97,6 @@ def test_a_chunk_is_its_part_of_the_whole(launch):
     assert relative_error(part, whole[:, :, 200:]) <= 1e-3
 
 
-def test_not_causal_has_no_offset(launch):
-    q, k, v = inputs(50, 120)
-    assert torch.equal(attend(launch, q, k, v, 70, is_causal=False), attend(launch, q, k, v, 0, is_causal=False))
-
-
 def agrees(result, expected):
     """NaN where SDPA has it, and close elsewhere: whole heads are exact, or only their rows that need it."""
     assert torch.equal(result.isnan(), expected.isnan())
@@ -124,5 +122,5 @@ def test_not_finite(launch, where, token):
 
 
 def test_a_negative_offset_is_refused():
-    with pytest.raises(ValueError, match="causal_offset -1: must be at least 0"):
+    with pytest.raises(ValueError, match="ahead -1: must be at least 0"):
         attend(cpu.attention, *inputs(5, 5), -1)

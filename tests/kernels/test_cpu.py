@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import compiler, cpu
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.cpu import build
 from tests.support import ACCURATE, TOLERANCE, exact_attention, relative_error
 
@@ -88,7 +89,7 @@ def attend(q, k, v, *, causal=False, scale=None, out=None, offset=0):
     out.fill_(float("nan"))
     before = [x.clone() for x in (q, k, v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    cpu.attention(q, k, v, out, scale=scale, is_causal=causal, format=ACCURATE, causal_offset=offset)
+    cpu.attention(Call(q, k, v, scale, offset if causal else None), out, format=ACCURATE)
     for x, copy in zip((q, k, v), before, strict=True):
         assert torch.equal(x.nan_to_num(7), copy.nan_to_num(7)), "an input was modified"
     return out
@@ -260,7 +261,7 @@ def test_far_apart_scores_take_no_longer():
     compiler.settle()
     for _, gain in product(range(12), gains):
         start = time.perf_counter()
-        cpu.attention(gain * q, k, v, out, scale=0.125, is_causal=False, format=ACCURATE)
+        cpu.attention(Call(gain * q, k, v, 0.125), out, format=ACCURATE)
         times[gain].append(time.perf_counter() - start)
     assert max(min(times[16.0]), min(times[40.0])) < 5 * min(times[1.0])  # 2 by itself: all rows are exact
     for gain in gains:
@@ -358,6 +359,7 @@ def test_shares_the_openmp_threads_of_torch():
     script = """
 import os, torch
 from sagecompile.kernels import cpu
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.cpu.build import OPS_LIBRARY
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -365,7 +367,7 @@ torch.set_num_threads(3)
 OPS_LIBRARY.now()  # in a thread that waits from then on
 x, out = torch.ones(1).expand(1, 2, 512, 64), torch.empty(1, 2, 512, 64)
 started = threads()
-cpu.attention(x, x, x, out, scale=1.0, is_causal=False, format="qk_int8_pv_fp16")
+cpu.attention(Call(x, x, x, 1.0), out, format="qk_int8_pv_fp16")
 ours = threads()
 torch.ones(1 << 22).exp()
 print(ours - started, threads() - ours)
@@ -402,13 +404,13 @@ def test_memory_that_cannot_be_had():
     q, k, v = inputs(q_heads=1, kv_heads=1, q_len=1, kv_len=1)
     k, v = (x.expand(-1, -1, 2**46, -1) for x in (k, v))
     with pytest.raises(MemoryError, match="no memory for K"):
-        cpu.attention(q, k, v, torch.empty_like(q), scale=1.0, is_causal=False, format=ACCURATE)
+        cpu.attention(Call(q, k, v, 1.0), torch.empty_like(q), format=ACCURATE)
 
 
 def test_unknown_format_is_refused():
     q, k, v = inputs(q_len=1, kv_len=1)
     with pytest.raises(ValueError, match="known: qk_int8_pv_fp16"):
-        cpu.attention(q, k, v, torch.empty_like(q), scale=1.0, is_causal=False, format="qk_int8_pv_fp8")
+        cpu.attention(Call(q, k, v, 1.0), torch.empty_like(q), format="qk_int8_pv_fp8")
 
 
 @pytest.fixture

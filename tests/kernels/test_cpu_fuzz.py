@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecompile.kernels import cpu
+from sagecompile.kernels.call import Call
 from sagecompile.ops import reference
 from tests.support import ACCURATE, TOLERANCE, exact_attention, relative_error
 
@@ -62,11 +63,11 @@ def test_any_call(call):
     k += 3
     kept = [x.clone() for x in (q, k, v)]
     tensors, storages = zip(*map(strided, (q, k, v, torch.zeros_like(q)), call["orders"], call["gaps"]), strict=True)
-    offset = {"causal_offset": call["causal_offset"]}
+    ahead = call["causal_offset"] if call["causal"] else None
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(call["threads"])
-        cpu.attention(*tensors, scale=call["dim"] ** -0.5, is_causal=call["causal"], format=ACCURATE, **offset)
+        cpu.attention(Call(*tensors[:3], call["dim"] ** -0.5, ahead), tensors[3], format=ACCURATE)
     finally:
         torch.set_num_threads(before)
     for x, copy in zip(tensors, kept, strict=False):
@@ -75,9 +76,9 @@ def test_any_call(call):
     for x, storage in zip(tensors, storages, strict=True):
         x.fill_(GUARD)
         assert (storage == GUARD).all(), "something beside the output was written"
-    expected = exact_attention(q, k, v, is_causal=call["causal"], **offset)
+    expected = exact_attention(q, k, v, is_causal=call["causal"], causal_offset=call["causal_offset"])
     plain = torch.empty_like(q)
-    reference.attention(q, k, v, plain, scale=call["dim"] ** -0.5, is_causal=call["causal"], format=ACCURATE, **offset)
+    reference.attention(Call(q, k, v, call["dim"] ** -0.5, ahead), plain, format=ACCURATE)
     # Few keys of few dimensions can be harder than the table's inputs, for the reference as well.
     limit = max(TOLERANCE[ACCURATE], 1.5 * relative_error(plain, expected))
     assert relative_error(result, expected) <= limit

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecompile.kernels import counts, cpu
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.cpu import build
 from tests.ops.test_hard_keys import as_promised, drawn
 from tests.support import (
@@ -40,8 +41,8 @@ def pv(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attend(q, k, v, *, causal=False, offset=0, site=""):
     out = torch.full_like(q, float("nan"))
-    how = {"scale": q.shape[-1] ** -0.5, "is_causal": causal, "format": ACCURATE, "causal_offset": offset}
-    cpu.attention(q, k, v, out, **how, site=site)
+    call = Call(q, k, v, q.shape[-1] ** -0.5, offset if causal else None, site=site)
+    cpu.attention(call, out, format=ACCURATE)
     return out
 
 

@@ -9,6 +9,7 @@ import torch
 from support import ACCURATE, FAST, TOLERANCE
 
 from sagecompile import formats, kernels
+from sagecompile.kernels.call import Call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @pytest.fixture(params=("triton", "hopper"))
 def attention(request):
-    """The launcher under test, `attention(q, k, v, out, *, scale, is_causal, format)`, where the GPU can run it."""
+    """The launcher under test, `attention(call, out, *, format)`, where the GPU can run it."""
     format = request.node.callspec.params.get("format", FORMATS[0])
     capability = torch.cuda.get_device_capability()
     only, least = formats.PROVIDERS[request.param].compute_capability, formats.FORMATS[format].compute_capability
@@ -77,7 +78,8 @@ def attend(attention):
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         out.fill_(float("nan"))
         before = [x.clone() for x in (q, k, v)]
-        attention(q, k, v, out, scale=q.shape[-1] ** -0.5 if scale is None else scale, is_causal=causal, format=format)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        attention(Call(q, k, v, scale, 0 if causal else None), out, format=format)
         for name, x, was in zip("qkv", (q, k, v), before, strict=True):
             assert torch.equal(x.nan_to_num(7), was.nan_to_num(7)), f"{name} was modified"
         return out
@@ -496,7 +498,7 @@ def test_graph_capture_and_replay(attention, format):
     out = torch.empty_like(q)
 
     def run():
-        attention(q, k, v, out, scale=0.125, is_causal=True, format=format)
+        attention(Call(q, k, v, 0.125, ahead=0), out, format=format)
 
     run()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
@@ -540,7 +542,7 @@ def test_calls_in_a_row(attention, format):
     outs = [torch.full_like(q, float("nan")) for q, _, _ in given]
     for _ in range(5):
         for (q, k, v), out in zip(given, outs, strict=True):
-            attention(q, k, v, out, scale=0.125, is_causal=False, format=format)
+            attention(Call(q, k, v, 0.125), out, format=format)
     for (q, k, v), out in zip(given, outs, strict=True):
         assert error(out, expected(q, k, v)) <= TOLERANCE[format]
 
@@ -620,7 +622,7 @@ def test_quantized_offsets_past_32_bits(attention, format):
     reference = expected(q, k, v)
     result = torch.full((1, heads, 64, dim), float("nan"), device="cuda", dtype=torch.bfloat16)
     over_heads = [x.expand(-1, heads, -1, -1) for x in (q, k, v)]
-    attention(*over_heads, result, scale=dim**-0.5, is_causal=False, format=format)
+    attention(Call(*over_heads, dim**-0.5), result, format=format)
     assert error(result[:, -1:], reference) <= TOLERANCE[format]
     assert (result == result[:, :1]).all()
 

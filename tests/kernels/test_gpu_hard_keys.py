@@ -12,6 +12,7 @@ import torch
 from support import ACCURATE, FAST, promised, relative_error
 
 from sagecompile import formats, kernels
+from sagecompile.kernels.call import Call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +53,7 @@ def attend(request):
     def run(q, k, v, *, format, causal):
         out = torch.full_like(q, float("nan"))
         scale = q.shape[-1] ** -0.5
-        kernels.launcher(request.param)(q, k, v, out, scale=scale, is_causal=causal, format=format)
+        kernels.launcher(request.param)(Call(q, k, v, scale, 0 if causal else None), out, format=format)
         return out
 
     return run

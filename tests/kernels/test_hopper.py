@@ -15,6 +15,7 @@ from support import FAST, TOLERANCE
 
 from sagecompile.errors import UnsupportedError
 from sagecompile.kernels import counts, hopper
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.hopper import parameters, relaunch, runtime
 from sagecompile.kernels.hopper.cut import cut_rows, even
 from sagecompile.kernels.prologue import Prologue
@@ -36,7 +37,7 @@ def inputs(q_len=700, kv_len=700, dim=64, dtype=torch.bfloat16):
 
 def attention(q, k, v, *, causal, format):
     out = torch.full_like(q, float("nan"))
-    hopper.attention(q, k, v, out, scale=0.1, is_causal=causal, format=format)
+    hopper.attention(Call(q, k, v, 0.1, 0 if causal else None), out, format=format)
     return out
 
 
@@ -51,7 +52,7 @@ class TestApart:
         q, k, v = inputs(dim=dim, dtype=DTYPES[dtype])
         out = torch.full_like(q, float("nan"))
         quantized = hopper.quantize(k, v, format=format)
-        hopper.attend(q, k, v, quantized, out, scale=0.1, is_causal=causal, format=format)
+        hopper.attend(Call(q, k, v, 0.1, 0 if causal else None), quantized, out, format=format)
         assert torch.equal(out, attention(q, k, v, causal=causal, format=format))
 
     @pytest.mark.parametrize("format", TOLERANCE)
@@ -61,7 +62,7 @@ class TestApart:
         for q_len in (1, 193, 700):
             q = inputs(q_len=q_len)[0]
             out = torch.full_like(q, float("nan"))
-            hopper.attend(q, k, v, quantized, out, scale=0.1, is_causal=False, format=format)
+            hopper.attend(Call(q, k, v, 0.1), quantized, out, format=format)
             assert torch.equal(out, attention(q, k, v, causal=False, format=format))
 
 
@@ -130,8 +131,7 @@ def error(out, q, k, v, prologues, *, causal):
 
 def fused(q, k, v, prologues, *, causal, format):
     out = torch.full_like(q, float("nan"))
-    how = {"scale": 0.1, "is_causal": causal, "format": format}
-    hopper.attention(q, k, v, out, **how, q_prologue=prologues[0], k_prologue=prologues[1])
+    hopper.attention(Call(q, k, v, 0.1, 0 if causal else None, *prologues), out, format=format)
     return out
 
 
@@ -324,9 +324,9 @@ class TestLaunches:
             def __call__(self, blocks, parameters, stream, overlap=False):
                 found.append(parameters)
 
-        def recompute(*tensors, q_prologue, k_prologue, **how):
-            tables = map(parameters.addresses_of, (q_prologue, k_prologue))
-            found.append((tuple(x.data_ptr() for x in tensors), *tables))
+        def recompute(call, out, flags, **how):
+            tables = map(parameters.addresses_of, (call.q_prologue, call.k_prologue))
+            found.append((tuple(x.data_ptr() for x in (call.q, call.k, call.v, out, flags)), *tables))
             return exact.Repeated("Triton's", 7, lambda *values: values)
 
         monkeypatch.setattr(relaunch.LIBRARY, "now", lambda: None)
@@ -356,8 +356,8 @@ class TestLaunches:
 
     def attention(self, q, k, v, out, cos, sin, *, fused=True, site=""):
         prologue = Prologue(1e-6, None, "half", cos, sin) if fused else None
-        how = {"scale": 0.1, "is_causal": False, "format": FAST, "site": site}
-        hopper.attention(q, k, v, out, **how, q_prologue=prologue, k_prologue=prologue)
+        call = Call(q, k, v, 0.1, q_prologue=prologue, k_prologue=prologue, site=site)
+        hopper.attention(call, out, format=FAST)
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_each_reads_what_the_one_before_wrote(self, launched, plans, fused):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sagecompile.kernels import sageattention
+from sagecompile.kernels.call import Call
 
 FIXED = "2.2.0+fixed.sm90"
 ACCEPTED = {
@@ -110,7 +111,7 @@ class TestPackage:
         if refusal:
             pytest.skip(refusal)
         before, out = k.clone(), torch.full_like(q, float("nan"))
-        sageattention.attention(q, k, v, out, scale=scale, is_causal=causal, format=format)
+        sageattention.attention(Call(q, k, v, scale, 0 if causal else None), out, format=format)
         assert torch.equal(k.nan_to_num(7), before.nan_to_num(7)), "K was modified"
         return out.double(), self.LIMITS[format]
 

@@ -83,6 +83,7 @@ def run_case(case: str, format: str) -> dict[str, float | bool]:
     """In the interpreter's process: the error, whether the same places are finite, whether the inputs are unchanged."""
     import torch
 
+    from sagecompile.kernels.call import Call
     from sagecompile.kernels.triton import attention
 
     batch, q_heads, kv_heads, q_len, kv_len, dim, dtype, causal, options = CASES[case]
@@ -113,7 +114,7 @@ def run_case(case: str, format: str) -> dict[str, float | bool]:
         k[:, 0] *= options["gain"]
     before = [x.clone() for x in (q, k, v)]
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
-    attention(q, k, v, out, scale=scale, is_causal=causal, format=format)
+    attention(Call(q, k, v, scale, 0 if causal else None), out, format=format)
 
     group = q_heads // kv_heads
     kd, vd = (x.double().repeat_interleave(group, 1) for x in (k, v))
@@ -139,6 +140,7 @@ def run_flagged(case: str) -> dict[str, float | bool]:
     import torch
 
     from sagecompile.kernels import counts
+    from sagecompile.kernels.call import Call
     from sagecompile.kernels.prologue import Prologue
     from sagecompile.kernels.triton.exact import recompute_flagged
 
@@ -158,8 +160,8 @@ def run_flagged(case: str) -> dict[str, float | bool]:
     turns = torch.rand(batch, q_len, dim) * 6.3
     turned = {"rope": rope, "cos": turns.cos(), "sin": turns.sin()} if rope != "none" else {}
     prologue = Prologue(1e-6 if norm else None, torch.randn(dim).to(q.dtype) if weighted else None, **turned)
-    how = {"scale": dim**-0.5, "is_causal": causal, "q_prologue": prologue, "k_prologue": prologue}
-    recompute_flagged(q, k, v, out, flags, flag_rows=16, **how, site=case)
+    call = Call(q, k, v, dim**-0.5, 0 if causal else None, prologue, prologue, case)
+    recompute_flagged(call, out, flags, flag_rows=16)
     counted = counts.read()[case] == (1, exact.numel(), int(exact.sum()))
     q, k = prologue.apply(q), prologue.apply(k)
     exact = exact.view(batch, q_heads, q_len)

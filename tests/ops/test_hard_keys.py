@@ -25,15 +25,18 @@ from support import (
 )
 from torch import Tensor
 
+from sagecompile.kernels.call import Call
 from sagecompile.ops import quantize, reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, format: str = ACCURATE, **how: Any) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, causal_offset: int = 0, format: str = ACCURATE
+) -> Tensor:
     out = torch.full_like(q, float("nan"))
-    how = {"scale": q.shape[-1] ** -0.5, **how}
-    reference.attention(q, k, v, out, is_causal=is_causal, format=format, **how)
+    call = Call(q, k, v, q.shape[-1] ** -0.5, causal_offset if is_causal else None)
+    reference.attention(call, out, format=format)
     return out
 
 

@@ -1,7 +1,7 @@
 """Attention kernels without their quantization, and the quantization alone against the bytes that it must move.
 
 In: q, k, v (B, H, N, D) and who can run them. Out: calls for the providers whose module offers the two apart, as
-`quantize(k, v, *, format)` and `attend(q, k, v, quantized, out, *, scale, is_causal, format)`.
+`quantize(k, v, *, format)` and `attend(call, quantized, out, *, format)`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sagecompile import kernels
+from sagecompile.kernels import call as kernel_call
 
 from .measure import Call, measure, or_left_out
 
@@ -42,17 +43,16 @@ def take_apart(
         if module is None:
             continue
         quantize = partial(module.quantize, k, v, format=format)
-        how = {"scale": q.shape[3] ** -0.5, "is_causal": is_causal, "format": format}
+        call = kernel_call.Call(q, k, v, q.shape[3] ** -0.5, 0 if is_causal else None)
         with or_left_out(f"{format} {provider}"):
             quantized = quantize()
-            attend = partial(_attend, module.attend, (q, k, v, quantized, torch.empty_like(q)), how)
+            attend = partial(_attend, module.attend, call, quantized, torch.empty_like(q), format)
             found[f"{format} {provider}"] = Apart(attend, quantize, least_bytes(k, v, quantized, format))
     return found
 
 
-def _attend(attend: Any, tensors: tuple[Any, ...], how: dict[str, Any]) -> torch.Tensor:
-    attend(*tensors, **how)
-    out: torch.Tensor = tensors[-1]
+def _attend(attend: Any, call: kernel_call.Call, quantized: Any, out: torch.Tensor, format: str) -> torch.Tensor:
+    attend(call, quantized, out, format=format)
     return out
 
 

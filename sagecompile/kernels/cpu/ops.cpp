@@ -44,12 +44,12 @@ bool can_run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std:
 
 // Leaves to Python the heads that INT8 cannot hold.
 void mend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, at::Tensor exact_rows,
-          double scale, bool is_causal, int64_t causal_offset) {
+          double scale, std::optional<int64_t> ahead) {
     using Exact = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                       double, bool, int64_t);
+                       double, std::optional<int64_t>);
     static const auto exact =
         c10::Dispatcher::singleton().findSchemaOrThrow("sagecompile::exact_heads_in_python", "").typed<Exact>();
-    exact.call(q, k, v, out, exact_rows, scale, is_causal, causal_offset);
+    exact.call(q, k, v, out, exact_rows, scale, ahead);
 }
 
 // False where there is no memory.
@@ -66,8 +66,7 @@ bool attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
                site.data(), static_cast<int64_t>(site.size())) != 0)
         return false;
     if (std::any_of(exact.begin(), exact.end(), [](int64_t rows) { return rows < 0; }))
-        mend(q, k, v, out, at::from_blob(exact.data(), {q.size(0), q.size(1)}, at::kLong), scale, ahead.has_value(),
-             ahead.value_or(0));
+        mend(q, k, v, out, at::from_blob(exact.data(), {q.size(0), q.size(1)}, at::kLong), scale, ahead);
     return true;
 }
 

@@ -1,6 +1,6 @@
 """Quantized attention in CUDA C++ for Hopper GPUs (compute capability 9.0), compiled at run time.
 
-In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written.
+In: a call, and an output to fill. Out: nothing; `out` is written.
 Three launches: `quantize_kv` reads K and V once and writes tiles, `attend` quantizes Q as it goes and multiplies, and
 the exact kernel repeats the rows that 8 bits cannot hold; each does the Prologue of what it reads. CUDA C++ because
 this needs what Triton does not give: wgmma in flight across a softmax, a loader warp beside warpgroups that drift
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +21,8 @@ import torch
 
 import sagecompile.formats as formats
 from sagecompile.kernels import counts
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.check import check
-from sagecompile.kernels.prologue import Prologue
 
 from . import relaunch
 from .cut import cut_rows, even
@@ -64,43 +65,27 @@ class _Launched(NamedTuple):
     """Tiles, or flags."""
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    format: str,
-    causal_offset: int = 0,
-    q_prologue: Prologue | None = None,
-    k_prologue: Prologue | None = None,
-    site: str = "",
-) -> None:
-    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i + causal_offset where causal.
-
-    q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
-    A prologue is applied to q or k as they are read; with one, D must be 64, 96 or 128.
-    """
-    check(q, k, v, out, format, FORMATS, max_head_dim=128, causal_offset=causal_offset)
+def attention(call: Call, out: torch.Tensor, *, format: str) -> None:
+    """The call's result into out, (B, Hq, Nq, D) with any strides; 1 <= D <= 128, with a prologue 64, 96 or 128."""
+    check(call, out, format, FORMATS, max_head_dim=128)
+    q, k, v = call.q, call.k, call.v
     _check_limits(q, k)
     library = relaunch.LIBRARY.now()
-    ahead, variant = min(causal_offset, k.shape[2]), variant_of(q.shape[3], q.dtype, format)
+    variant = variant_of(q.shape[3], q.dtype, format)
     with torch.cuda.device_of(q):
-        q_prepared, k_prepared = prepare(q_prologue, q, variant), prepare(k_prologue, k, variant)
-        building = _begin_all(q.shape[3], q.dtype, is_causal, q_prepared.defines, k_prepared.defines)
+        q_prepared, k_prepared = prepare(call.q_prologue, q, variant), prepare(call.k_prologue, k, variant)
+        ahead = None if call.ahead is None else min(call.ahead, k.shape[2])
+        ready = replace(call, ahead=ahead, q_prologue=q_prepared.prologue, k_prologue=k_prepared.prologue)
+        building = _begin_all(q.shape[3], q.dtype, call.is_causal, q_prepared.defines, k_prepared.defines)
         if not all(one.done() for one in building):  # meanwhile Triton can build in this thread
-            _exact(q, k, v, out, None, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue, site)
+            _exact(ready, out, None)
         quantized = _quantize(k, v, k_prepared, format)
-        attended = _attend(q, k, out, quantized.made, q_prepared, scale, is_causal, ahead, format, overlap=True)
-        repeated = _exact(
-            q, k, v, out, attended.made, scale, is_causal, ahead, q_prepared.prologue, k_prepared.prologue, site
-        )
+        attended = _attend(ready, out, quantized.made, q_prepared, format, overlap=True)
+        repeated = _exact(ready, out, attended.made)
         if library is not None and repeated is not None and not (q_prepared.copied or k_prepared.copied):
-            tables = tables_of("q", q_prologue), tables_of("k", k_prologue)
+            tables = tables_of("q", call.q_prologue), tables_of("k", call.k_prologue)
             _leave_plan(library, out, quantized, attended, repeated, *tables)
-            relaunch.count_at(library, q.device.index, site, counts.slot(q.device, site).data_ptr())
+            relaunch.count_at(library, q.device.index, call.site, counts.slot(q.device, call.site).data_ptr())
 
 
 def _leave_plan(
@@ -148,79 +133,49 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, prepared: Prepared, format: str)
     return _Launched(loaded, blocks, parameters, tiles)
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    quantized: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    format: str,
-) -> None:
-    """`attention` on what `quantize` made of k and v, which are read again only for rows that 8 bits cannot hold."""
-    check(q, k, v, out, format, FORMATS, max_head_dim=128)
-    _check_limits(q, k)
+def attend(call: Call, quantized: torch.Tensor, out: torch.Tensor, *, format: str) -> None:
+    """`attention` on what `quantize` made of k and v, which are read again only for rows that 8 bits cannot hold.
+
+    The call has no prologues.
+    """
+    check(call, out, format, FORMATS, max_head_dim=128)
+    k = call.k
+    _check_limits(call.q, k)
     shape = tiles_shape(k, variant_of(k.shape[3], k.dtype, format))
     if quantized.shape != shape or not quantized.is_contiguous() or quantized.device != k.device:
         raise ValueError(f"quantized {tuple(quantized.shape)} on {quantized.device}: need what quantize made, {shape}")
-    with torch.cuda.device_of(q):
-        attended = _attend(q, k, out, quantized, NOTHING, scale, is_causal, 0, format, overlap=False)
-        _exact(q, k, v, out, attended.made, scale, is_causal, 0, None, None)
+    with torch.cuda.device_of(out):
+        attended = _attend(call, out, quantized, NOTHING, format, overlap=False)
+        _exact(call, out, attended.made)
 
 
 def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    out: torch.Tensor,
-    tiles: torch.Tensor,
-    prepared: Prepared,
-    scale: float,
-    is_causal: bool,
-    ahead: int,
-    format: str,
-    *,
-    overlap: bool,
+    call: Call, out: torch.Tensor, tiles: torch.Tensor, prepared: Prepared, format: str, *, overlap: bool
 ) -> _Launched:
     """overlap: the stream's launch just before is `quantize`; what it does not write may be read at once."""
+    q, k = call.q, call.k
     batch, heads, q_len, head_dim = q.shape
     variant = variant_of(head_dim, q.dtype, format)
     flags = torch.empty((batch * heads, -(-q_len // FLAG_ROWS)), dtype=torch.int32, device=q.device)
     index = q.device.index
     consumers, processors = variant.schedule.consumers, _multiprocessors(index)
-    cut = even(q_len, consumers) if is_causal else cut_rows(q_len, batch * heads, consumers, processors)
+    cut = even(q_len, consumers) if call.is_causal else cut_rows(q_len, batch * heads, consumers, processors)
     parameters = AttendParameters(
         tensor_of(q, variant), tensor_of(out, variant), prepared.parameters, tiles.data_ptr(), flags.data_ptr(),
-        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, ahead,
-        *cut, tiles.shape[1], scale * LOG2E, 0,
+        batch, heads, heads // k.shape[1], q_len, k.shape[2], head_dim, call.ahead or 0,
+        *cut, tiles.shape[1], call.scale * LOG2E, 0,
     )  # fmt: skip
     blocks = min(batch * heads * cut.tiles, processors)
-    loaded = kernel(_attend_source(variant, is_causal, prepared.defines), index)
+    loaded = kernel(_attend_source(variant, call.is_causal, prepared.defines), index)
     loaded(blocks, parameters, torch.cuda.current_stream(index).cuda_stream, overlap=overlap)
     return _Launched(loaded, blocks, parameters, flags)
 
 
-def _exact(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    flags: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-    ahead: int,
-    q_prologue: Prologue | None,
-    k_prologue: Prologue | None,
-    site: str = "",
-) -> Repeated | None:
+def _exact(call: Call, out: torch.Tensor, flags: torch.Tensor | None) -> Repeated | None:
     """Without flags it is only built."""
     from sagecompile.kernels.triton.exact import recompute_flagged  # late: `quantize` and the types need no Triton
 
-    return recompute_flagged(
-        q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal,
-        causal_offset=ahead, q_prologue=q_prologue, k_prologue=k_prologue, overlap=True, site=site,
-    )  # fmt: skip
+    return recompute_flagged(call, out, flags, flag_rows=FLAG_ROWS, overlap=True)
 
 
 def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:

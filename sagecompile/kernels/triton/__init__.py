@@ -1,6 +1,6 @@
 """Quantized attention in portable Triton.
 
-In: q, k, v with any strides, and an output to fill. Out: nothing; `out` is written.
+In: a call, and an output to fill. Out: nothing; `out` is written.
 Importing this package imports triton, so callers do it late.
 """
 

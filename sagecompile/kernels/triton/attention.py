@@ -1,6 +1,6 @@
 """Attention on quantized Q, K and V: INT8 QK^T, softmax in float32, PV in 16-bit or FP8.
 
-In: q, k, v as the caller has them. Out: `out`, wholly written.
+In: a call, its tensors as the caller has them. Out: `out`, wholly written.
 Why in this shape: quantize once, then a FlashAttention loop (https://arxiv.org/abs/2307.08691) over 8-bit tiles, then
 an exact kernel for the heads that 8 bits cannot hold. Nothing is read back, so CUDA graphs can capture it.
 """
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 import sagecompile.formats as formats
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.check import check
 
 from .exact import recompute_flagged
@@ -60,26 +61,13 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 _P_SHIFT = tl.constexpr(8.0)
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    format: str,
-    site: str = "",
-) -> None:
-    """softmax(scale * q k^T) v into out, with key j visible to query i iff j <= i where causal.
-
-    q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; 1 <= D <= 128; one dtype; any strides.
-    """
-    check(q, k, v, out, format, FORMATS, max_head_dim=128)
-    with torch.cuda.device_of(q):
-        quantized = quantize(q, k, v, scale=scale, fp8=format == "qk_int8_pv_fp8")
-        flags = _launch(quantized, out, k.shape, is_causal=is_causal, format=format)
-        recompute_flagged(q, k, v, out, flags, flag_rows=FLAG_ROWS, scale=scale, is_causal=is_causal, site=site)
+def attention(call: Call, out: torch.Tensor, *, format: str) -> None:
+    """The call's result into out, (B, Hq, Nq, D) with any strides; 1 <= D <= 128."""
+    check(call, out, format, FORMATS, max_head_dim=128)
+    with torch.cuda.device_of(out):
+        quantized = quantize(call.q, call.k, call.v, scale=call.scale, fp8=format == "qk_int8_pv_fp8")
+        flags = _launch(quantized, out, call.k.shape, is_causal=call.is_causal, format=format)
+        recompute_flagged(call, out, flags, flag_rows=FLAG_ROWS)
 
 
 def _launch(

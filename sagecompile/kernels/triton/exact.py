@@ -1,6 +1,6 @@
 """Attention in the input's own precision, for the heads or rows that cannot be quantized.
 
-In: the caller's q, k, v and a flag for each KV head or some rows. Out: what is flagged of `out`, overwritten.
+In: the caller's call and a flag for each KV head or some rows. Out: what is flagged of `out`, overwritten.
 Why: INT8 has no NaN and no Inf, and which head holds one is known only on the device. A few programs look at all flags,
 so that finding none costs little more than a launch, and no sync.
 """
@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from sagecompile.kernels import counts
+from sagecompile.kernels.call import Call
 from sagecompile.kernels.prologue import ROPES, Prologue, table_strides
 
 LOG2E = 1.4426950408889634
@@ -38,12 +39,12 @@ FLOAT32 = Tile(32, 16, 8, 1)
 """Without TF32 the ordinary cores multiply, with operands in registers: larger tiles spill."""
 
 
-def tile_of(x: torch.Tensor, k_prologue: Prologue | None) -> Tile:
-    """What is used for tensors like x. What a prologue of K reads, three steps ahead, would need still more memory."""
-    if x.dtype == torch.float32:
+def tile_of(call: Call) -> Tile:
+    """What is used for such tensors. What a prologue of K reads, three steps ahead, would need still more memory."""
+    if call.q.dtype == torch.float32:
         return FLOAT32
-    has_room = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    return LARGE if has_room and k_prologue is None else SMALL
+    has_room = call.q.is_cuda and torch.cuda.get_device_capability(call.q.device)[0] in (9, 10)
+    return LARGE if has_room and call.k_prologue is None else SMALL
 
 
 class Repeated(NamedTuple):
@@ -58,47 +59,34 @@ class Repeated(NamedTuple):
 
 
 def recompute_flagged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    flags: torch.Tensor | None,
-    *,
-    flag_rows: int = 0,
-    scale: float,
-    is_causal: bool,
-    causal_offset: int = 0,
-    q_prologue: Prologue | None = None,
-    k_prologue: Prologue | None = None,
-    overlap: bool = False,
-    site: str = "",
+    call: Call, out: torch.Tensor, flags: torch.Tensor | None, *, flag_rows: int = 0, overlap: bool = False
 ) -> Repeated | None:
-    """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D), any strides; a prologue is applied to q or k as they are read,
-    its weight, cos and sin with adjacent channels, cos and sin with the same strides.
+    """out: (B, Hq, Nq, D), any strides; of a prologue weight, cos and sin have adjacent channels, cos and sin the same
+    strides.
 
     flags, int32: (B * Hkv), or with flag_rows, a divisor of 32, one for so many rows: (B * Hq, ceil(Nq / flag_rows)).
     Without flags nothing is launched: the kernel that some would need is built.
-    A flag makes its whole tile exact, see Tile. Causal rows see the keys j <= i + causal_offset.
+    A flag makes its whole tile exact, see Tile.
     overlap: start while the kernel before, the one that wrote the flags, still runs (compute capability 9.0 and up).
-    site: under which name the call and its exact rows are counted, see counts.slot.
     A row that sees a NaN or an Inf gets what IEEE arithmetic gives softmax(q k^T) v. A row that sees none stays finite.
     Returns what was launched, on a GPU.
     """
+    q, k, v = call.q, call.k, call.v
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     expected = (batch * q_heads, triton.cdiv(q_len, flag_rows)) if flag_rows else (batch * kv_heads,)
     assert flags is None or (flags.dtype == torch.int32 and flags.shape == expected)
-    rows, keys, warps, stages = tile_of(q, k_prologue)
+    rows, keys, warps, stages = tile_of(call)
     tiles = batch * q_heads * triton.cdiv(q_len, rows)
-    q_norm, q_rope, q_tables, q_numbers = _arguments(q_prologue, q)
-    k_norm, k_rope, k_tables, k_numbers = _arguments(k_prologue, k)
+    q_norm, q_rope, q_tables, q_numbers = _arguments(call.q_prologue, q)
+    k_norm, k_rope, k_tables, k_numbers = _arguments(call.k_prologue, k)
     numbers = (
-        tiles, scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, causal_offset, head_dim,
+        tiles, call.scale * LOG2E, q_heads, q_heads // kv_heads, q_len, kv_len, call.ahead or 0, head_dim,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
     )  # fmt: skip
     columns, at_once = 64 if head_dim <= 64 else 128, 32
     constants = (
-        q_norm, q_rope, k_norm, k_rope, flag_rows, is_causal, columns, rows, keys, stages, at_once, overlap,
+        q_norm, q_rope, k_norm, k_rope, flag_rows, call.is_causal, columns, rows, keys, stages, at_once, overlap,
     )  # fmt: skip
 
     def arguments(tensors: Sequence[Any], q_tables: Sequence[Any], k_tables: Sequence[Any]) -> tuple[Any, ...]:
@@ -107,7 +95,7 @@ def recompute_flagged(
     blocks = min(tiles, PROGRAMS)
     how = {"num_warps": warps, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
     with torch.cuda.device_of(q):
-        counted = counts.slot(q.device, site)
+        counted = counts.slot(q.device, call.site)
         if flags is None:
             flags = torch.empty(expected, dtype=torch.int32, device=q.device)
             given = arguments((q, k, v, out, flags, counted), q_tables, k_tables)
