@@ -104,6 +104,10 @@ class Roles:
     """Dim i of the result is dim out_order[i] of (batch..., heads..., tokens, head_dim)."""
     leading: Operand
     """The one of them whose batch and heads the result has."""
+    shared: str
+    """Of the scores, the dims that K has as well, as they stand in (batch..., heads...)."""
+    groups: str
+    """Those that it lacks: heads that share one of K's."""
 
 
 def query_of(scores: Contraction, key: str) -> str | None:
@@ -182,7 +186,8 @@ def assign_roles(
     v_shared = [*v_leading] if layout.regrouped else shared
     v = _operand(v_node, v_labels, [*(there[label] for label in v_shared), there[key], value[0]], head_dims)
     order = [*(there[label] for label in [*v_shared, *groups]), there[query], value[0]]
-    return Roles(q, k, v, tuple(order.index(label) for label in weighted.out_labels), v if layout.regrouped else q)
+    out_order = tuple(order.index(label) for label in weighted.out_labels)
+    return Roles(q, k, v, out_order, v if layout.regrouped else q, "".join(shared), "".join(groups))
 
 
 def _operand(node: fx.Node, labels: str, wanted: list[str], head_dims: int) -> Operand:

@@ -6,6 +6,7 @@ that what comes after (AOTAutograd's cache asks for it) reads them like Dynamo's
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -211,11 +212,16 @@ class Builder:
     them gets the other, so that nobody reads what was replaced, whatever was noted before.
     """
 
-    def __init__(self, anchor: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None = None) -> None:
+    def __init__(
+        self,
+        anchor: fx.Node,
+        replaced: Mapping[fx.Node, fx.Node] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         self.graph = anchor.graph
         self.anchor = anchor
         self.replaced = replaced or {}
-        self.metadata = {key: anchor.meta[key] for key in COPIED_METADATA if key in anchor.meta}
+        self.metadata = metadata or {key: anchor.meta[key] for key in COPIED_METADATA if key in anchor.meta}
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """The size of a dim: an int, or the node of a symbolic one."""
@@ -239,3 +245,54 @@ class Builder:
             with modes[0], torch.no_grad():
                 node.meta["example_value"] = function(*fake_args, **fake_kwargs)
         return node
+
+
+def number(build: Builder, found: Any, look: bool = False) -> Any:
+    """A number as it is, a symbol as a node that computes it again from the graph's inputs; None if that cannot be.
+
+    `look`: insert nothing, only say whether it can be.
+    """
+    if found is None or isinstance(found, int):
+        return found
+    if not isinstance(found, torch.SymInt):
+        return None
+    known = _symbols(build.graph)
+    expression = found.node.expr
+    if not expression.free_symbols <= known.keys() or not _is_polynomial(expression):
+        return None
+    return True if look else _emitted(build, expression, known)
+
+
+def _symbols(graph: fx.Graph) -> dict[Any, tuple[fx.Node, int | None]]:
+    """Where each symbol of a size is an input of the graph, or one of its dims."""
+    found: dict[Any, tuple[fx.Node, int | None]] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        given = value(node)
+        sizes = [(given, None)] if isinstance(given, torch.SymInt) else []
+        if isinstance(given, torch.Tensor) and given.layout == torch.strided:
+            sizes += [(size, dim) for dim, size in enumerate(given.shape)]
+        for size, dim in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, (node, dim))
+    return found
+
+
+def _is_polynomial(expression: Any) -> bool:
+    if expression.is_symbol or expression.is_Integer:
+        return True
+    return (expression.is_Add or expression.is_Mul) and all(map(_is_polynomial, expression.args))
+
+
+def _emitted(build: Builder, expression: Any, known: Mapping[Any, tuple[fx.Node, int | None]]) -> Any:
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_symbol:
+        node, dim = known[expression]
+        return node if dim is None else build.size(node, dim)
+    terms = [_emitted(build, item, known) for item in expression.args]
+    total = terms[0]
+    for term in terms[1:]:
+        total = build.call(operator.add if expression.is_Add else operator.mul, total, term)
+    return total

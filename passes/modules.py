@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sagecompile.mask import CAUSAL, Mask
-
 from . import masks
 from .graph import Builder, argument, autocast_is_on, tensor
 from .operand import Operand
@@ -36,8 +34,8 @@ LAYER_ARGUMENTS = (
     "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
 ).split()
 
-OF_TOKENS = (0, 2)
-"""The `mask_type` of a native call's mask that ends in (tokens, tokens); 1 is one of (batch, tokens), None an error."""
+NATIVE_MASKS = {0: (2, 3), 1: (0, 3), 2: (0, 1, 2, 3)}
+"""By the `mask_type` of a native call which dims of (batch, heads, queries, keys) its mask has; None is an error."""
 
 
 def _bind(node: fx.Node, names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -104,21 +102,28 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     query, key = tensor(args["query"]), tensor(args["key"])
     assert query is not None and key is not None
     batched = query.dim() == 3
-    for name in ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask"):
+    for name in ("bias_k", "bias_v", "static_k", "static_v"):
         if args[name] is not None:
             obstacle = obstacle or f"{name}: needs none"
     if args["add_zero_attn"]:
         obstacle = obstacle or "add_zero_attn: needs False"
-    mask = masks.read(args["attn_mask"], query.shape[0], key.shape[0], true_means_masked=True)
-    if args["attn_mask"] is not None and args["is_causal"] and not args["need_weights"]:
-        mask = CAUSAL  # the module believes the hint, and does not look at the mask
+    padding, attn_mask = args["key_padding_mask"], args["attn_mask"]
+    # The module believes the hint, and does not look at the mask.
+    hinted = attn_mask is not None and args["is_causal"] and not args["need_weights"] and padding is None
+    given = [] if padding is None else [masks.Given(padding, True, dims=(0, 3)[-_rank(padding) :])]
+    if attn_mask is not None and not hinted:
+        given.append(masks.Given(attn_mask, True, dims=(2, 3)))
+        if _rank(attn_mask) != 2:
+            obstacle = obstacle or f"attn_mask {said_sizes(attn_mask)}: needs (queries, keys)"
+            given = []
+    seen = _read(given, args, query.shape[0], key.shape[0], query.dtype, is_causal=hinted)
     site = _site(
         anchor,
         node,
         "nn.MultiheadAttention",
         args,
         batch_first=False,
-        mask=mask,
+        mask=seen.facts,
         dropout_p=args["dropout_p"] if args["training"] else 0.0,
         obstacle=obstacle,
     )
@@ -137,7 +142,7 @@ def match_functional_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
         else:
             projected = _project(build, inputs, args["in_proj_weight"], args["in_proj_bias"])
         heads = [_split_heads(build, x, args["num_heads"], batch_first=False) for x in projected]
-        merged = _merge_heads(build, attend(build, *heads), batch_first=False)
+        merged = _merge_heads(build, attend(build, *heads, **seen.emit(build)), batch_first=False)
         result = build.call(F.linear, merged, args["out_proj_weight"], args["out_proj_bias"])
         return result if batched else build.call(torch.squeeze, result, 1)
 
@@ -150,23 +155,53 @@ def match_native_mha(node: fx.Node, live: set[fx.Node]) -> Match | None:
     anchor, obstacle = first_result(node, live, "attention weights")
     if anchor is None or tensor(anchor) is None or tensor(args["query"]) is None or tensor(args["key"]) is None:
         return None
-    mask = _native_mask(args, tensor(args["query"]), tensor(args["key"]))
-    obstacle = obstacle or _autocast_obstacle(node, args["query"])
-    site = _site(anchor, node, "nn.MultiheadAttention", args, batch_first=True, mask=mask, obstacle=obstacle)
+    seen, refused = _native_mask(args, tensor(args["query"]), tensor(args["key"]))
+    obstacle = obstacle or refused or _autocast_obstacle(node, args["query"])
+    site = _site(anchor, node, "nn.MultiheadAttention", args, batch_first=True, mask=seen.facts, obstacle=obstacle)
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
         inputs = [args["query"], args["key"], args["value"]]
-        return _attention(build, attend, inputs, args)
+        return _attention(build, attend, inputs, args, seen)
 
     return Match(site, anchor, emit, tokens_first=True)
 
 
-def _native_mask(args: dict[str, Any], query: torch.Tensor | None, key: torch.Tensor | None) -> Mask:
-    """Of torch's native calls; what is not 0 in their mask is masked, also in one of floats."""
-    if args["mask"] is not None and args["mask_type"] not in OF_TOKENS:
-        return Mask(tensor=masks.describe(args["mask"]))
+def _native_mask(
+    args: dict[str, Any], query: torch.Tensor | None, key: torch.Tensor | None
+) -> tuple[masks.Reading, str | None]:
+    """Of torch's native calls, and why it cannot be taken; True is masked, and of numbers what is not 0."""
     assert query is not None and key is not None
-    return masks.read(args["mask"], query.shape[1], key.shape[1], true_means_masked=True)
+    sizes, mask = (query.shape[1], key.shape[1]), args["mask"]
+    nothing = _read([], args, *sizes, query.dtype)
+    if mask is None:
+        return nothing, None
+    found, dims = tensor(mask), NATIVE_MASKS.get(args["mask_type"])
+    if found is None or dims is None or found.dim() > len(dims):
+        return nothing, f"mask {said_sizes(mask)} of type {args['mask_type']}: needs type 0, 1 or 2"
+    seen = _read([masks.Given(mask, True, dims=dims[len(dims) - found.dim() :])], args, *sizes, query.dtype)
+    if seen.seen.terms:
+        return nothing, f"mask {str(found.dtype).removeprefix('torch.')}: needs booleans"
+    return seen, None
+
+
+def _read(
+    given: list[masks.Given], args: dict[str, Any], q_len: Any, kv_len: Any, dtype: torch.dtype, **how: Any
+) -> masks.Reading:
+    """Of scores (batch, heads, queries, keys)."""
+    place = masks.Place(Operand(args["query"], (0, None, None, None)), (0, 1, 2, 3), (0, 1, 2, 3))
+    return masks.read(given, place, q_len, kv_len, dtype=dtype, **how)
+
+
+def _rank(node: Any) -> int:
+    found = tensor(node)
+    assert found is not None
+    return found.dim()
+
+
+def said_sizes(node: Any) -> str:
+    """`(2, 40)`."""
+    found = tensor(node)
+    return "of unknown shape" if found is None else f"({', '.join(map(str, found.shape))})"
 
 
 def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
@@ -176,9 +211,9 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
     if src is None or out is None or src.is_nested or src.dim() != 3:
         return None
     args["query"] = args["key"] = args["src"]
-    mask = _native_mask(args, src, src)
-    obstacle = _autocast_obstacle(node, args["src"])
-    site = _site(node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=mask, obstacle=obstacle)
+    seen, refused = _native_mask(args, src, src)
+    obstacle = refused or _autocast_obstacle(node, args["src"])
+    site = _site(node, node, "nn.TransformerEncoderLayer", args, batch_first=True, mask=seen.facts, obstacle=obstacle)
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
         x: fx.Node = args["src"]
@@ -188,7 +223,7 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
             return build.call(F.layer_norm, x, (args["embed_dim"],), weight, bias, args["eps"])
 
         def attention(x: fx.Node) -> fx.Node:
-            return _attention(build, attend, [x, x, x], args)
+            return _attention(build, attend, [x, x, x], args, seen)
 
         def feed_forward(x: fx.Node) -> fx.Node:
             wide = build.call(F.linear, x, args["ffn_weight_1"], args["ffn_bias_1"])
@@ -205,9 +240,11 @@ def match_encoder_layer(node: fx.Node, live: set[fx.Node]) -> Match | None:
     return Match(site, node, emit, tokens_first=True)
 
 
-def _attention(build: Builder, attend: Attend, inputs: list[fx.Node], args: dict[str, Any]) -> fx.Node:
+def _attention(
+    build: Builder, attend: Attend, inputs: list[fx.Node], args: dict[str, Any], seen: masks.Reading
+) -> fx.Node:
     """Packed projections, heads, attention, output projection, on (batch, tokens, embed)."""
     projected = _project(build, inputs, args["qkv_weight"], args["qkv_bias"])
     heads = [_split_heads(build, x, args["num_heads"], batch_first=True) for x in projected]
-    merged = _merge_heads(build, attend(build, *heads), batch_first=True)
+    merged = _merge_heads(build, attend(build, *heads, **seen.emit(build)), batch_first=True)
     return build.call(F.linear, merged, args["proj_weight"], args["proj_bias"])

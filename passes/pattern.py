@@ -22,8 +22,9 @@ from .names import module_path, source_line
 from .operand import Operand
 from .prologue import Prologue
 
-Attend = Callable[[Builder, fx.Node, fx.Node, fx.Node], fx.Node]
-"""Inserts the attention op on q, k, v of shape (batch, heads, tokens, head_dim)."""
+Attend = Callable[..., fx.Node]
+"""(builder, q, k, v, **seen): inserts the attention op on q, k, v of shape (batch, heads, tokens, head_dim), with what
+masks.Reading.emit says of which keys are seen."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ any more. The op is a torch.library op with plain arguments, so AOTAutograd's an
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
@@ -64,8 +63,8 @@ def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node], nodes:
         "site": match.site.label,
     }
 
-    def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-        how["ahead"] = _emit_bound(build, match.site.mask.ahead, q, k)
+    def attend(build: Builder, q: fx.Node, k: fx.Node, v: fx.Node, **seen: Any) -> fx.Node:
+        how.update(seen)
         if use.fused:
             assert match.prologues is not None, match.site
             node = _attend_from_projections(build, *match.prologues, v, how)
@@ -82,15 +81,6 @@ def _replace(match: Match, use: Use, replaced: Mapping[fx.Node, fx.Node], nodes:
     result = _laid_out_as(old, build, result)
     match.anchor.replace_all_uses_with(result)
     return result
-
-
-def _emit_bound(build: Builder, ahead: Any, q: fx.Node, k: fx.Node) -> Any:
-    """A number as it is; a symbol is kv_len - q_len, which is computed again (see masks.py)."""
-    if ahead is None or isinstance(ahead, int):
-        return ahead
-    node = build.call(operator.sub, build.size(k, 2), build.size(q, 2))
-    node.meta["example_value"] = ahead
-    return node
 
 
 def _laid_out_as(old: torch.Tensor, build: Builder, result: fx.Node) -> fx.Node:

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sagecompile.mask import ALL, CAUSAL
-
 from . import masks
-from .graph import Builder, argument, name_of, tensor
+from .graph import Builder, argument, autocast_is_on, name_of, tensor
 from .operand import standard, undo_repeats
 from .pattern import Attend, Match, first_result, make_site, result_obstacle, shape_obstacle, tokens_first
 
@@ -74,7 +72,11 @@ def _match(
     for what, given in (("is_causal", is_causal), ("scale", scale), ("dropout_p", dropout_p)):
         if isinstance(given, fx.Node):
             obstacle = obstacle or f"{what} computed in the graph: needs a constant"
-    mask = masks.read(mask_node, q.shape[2], k.shape[2]) & (CAUSAL if is_causal is True else ALL)
+    given = [masks.Given(mask_node)] if isinstance(mask_node, fx.Node) else []
+    cast = autocast_is_on(node, out.device.type)
+    seen = masks.read(
+        given, masks.Place.standard(q), q.shape[2], k.shape[2], dtype=out.dtype, is_causal=is_causal is True, cast=cast
+    )
     site = make_site(
         node,
         "sdpa",
@@ -82,7 +84,7 @@ def _match(
         k,
         v,
         out.dtype,
-        mask=mask,
+        mask=seen.facts,
         scale=scale if isinstance(scale, (int, float)) else None,
         dropout_p=float(dropout_p) if isinstance(dropout_p, (int, float)) else 0.0,
         needs_grad=out.requires_grad,
@@ -90,6 +92,7 @@ def _match(
     )
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
-        return q.split(build, attend(build, *(item.emit(build, out.dtype) for item in (q, k, v))))
+        tensors = [item.emit(build, out.dtype) for item in (q, k, v)]
+        return q.split(build, attend(build, *tensors, **seen.emit(build)))
 
     return Match(site, node, emit, tokens_first(out), q, k)

@@ -6,24 +6,24 @@ the walk goes up to the scores (casts, views, scale, mask) and down to the produ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from sagecompile.mask import ALL, Mask
-
 from . import contraction, masks
 from .contraction import Contraction, Roles
 from .graph import CASTS, RESHAPES, Builder, argument, calls, is_computed, mutates, name_of, said, tensor
-from .layout import Layout
+from .layout import ONE, Layout
 from .operand import changed_between, permutation_of, undo_repeats
 from .pattern import Attend, Match, make_site, result_obstacle, shape_obstacle, tokens_first
 
 PRODUCTS = ("mul", "multiply", "imul", "mul_")
 QUOTIENTS = ("div", "divide", "truediv", "true_divide", "itruediv", "div_")
 SUMS = ("add", "iadd", "add_")
+DIFFERENCES = ("sub", "subtract", "isub", "sub_")
 FILLS = ("masked_fill", "masked_fill_")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 JOINS = ("cat", "concat", "concatenate")
@@ -54,9 +54,12 @@ class _Mask:
 
     mask: Any
     call: fx.Node
-    added: bool
-    when_true: bool
-    """A boolean one marks what is masked."""
+    factor: float = 1.0
+    """Of one that is added."""
+    fills: float | None = None
+    """What the scores become where it says so; None: it is added."""
+    when_true: bool = False
+    """It marks what is masked."""
 
 
 def match_unfused(softmax: fx.Node, live: set[fx.Node]) -> Match | None:
@@ -115,7 +118,7 @@ def _match(
         changed = changed_between(scores.node, weighted.node, operand.node)
         if changed is not None:
             walk.blocked(f"in-place {said(changed)}: needs q and k unchanged between the scores and the result")
-    mask = _read_masks(walk.masks, layouts, f"{contraction.query_of(scores, key)}{key}")
+    seen = _read_masks(walk, layouts, roles, f"{contraction.query_of(scores, key)}{key}", weighted.node)
     site = make_site(
         weighted.node,
         scores.spelling,
@@ -123,7 +126,7 @@ def _match(
         k,
         v,
         out.dtype,
-        mask=mask,
+        mask=seen.facts,
         scale=walk.scale,
         dropout_p=walk.dropout_p,
         needs_grad=out.requires_grad,
@@ -131,7 +134,8 @@ def _match(
     )
 
     def emit(build: Builder, attend: Attend) -> fx.Node:
-        result = roles.leading.split(build, attend(build, *(item.emit(build, out.dtype) for item in (q, k, v))))
+        tensors = [item.emit(build, out.dtype) for item in (q, k, v)]
+        result = roles.leading.split(build, attend(build, *tensors, **seen.emit(build)))
         if roles.out_order != tuple(range(out.dim())):
             result = build.call(torch.permute, result, roles.out_order)
         return result
@@ -144,19 +148,37 @@ def _result_obstacle(out: torch.Tensor, roles: Roles) -> str | None:
     return result_obstacle(out, expected, roles.out_order)
 
 
-def _read_masks(given: list[_Mask], layouts: dict[fx.Node, Layout | None], query_and_key: str) -> Mask:
-    """What they let through together, of scores that end in these two dims."""
-    together = ALL
-    for item in given:
-        where, scores, mask = layouts[item.call], tensor(item.call), tensor(item.mask)
-        assert where is not None and scores is not None
-        seen = Mask(tensor=masks.describe(item.mask))
-        if where.dims[-2:] == query_and_key and mask is not None:
-            if mask.is_floating_point() == item.added:
-                q_len, kv_len = scores.shape[-2:]
-                seen = masks.read(item.mask, q_len, kv_len, true_means_masked=item.when_true)
-        together = together & seen
-    return together
+def _read_masks(
+    walk: _Walk, layouts: dict[fx.Node, Layout | None], roles: Roles, query_and_key: str, weighted: fx.Node
+) -> masks.Reading:
+    """What they let through together, the one nearest to the product first, of scores with these two dims."""
+    q_len, kv_len = roles.q.sizes[-2], roles.k.sizes[-2]
+    out = tensor(weighted)
+    assert out is not None
+    given, place = [], masks.Place.standard(roles.q)
+    for item in reversed(walk.masks):
+        where, found = layouts[item.call], tensor(item.mask)
+        assert where is not None
+        order = where.as_regrouped(roles.shared + roles.groups)
+        if order is None or found is None or sorted(where.dims.replace(ONE, "")) != sorted(order + query_and_key):
+            walk.blocked(f"mask in {said(item.call)}: needs the scores as the product gives them")
+            continue
+        if (found.dtype == torch.bool) == (item.fills is None) or found.dim() > len(where.dims):
+            walk.blocked(f"mask {found.dtype} in {said(item.call)}: needs numbers to add, or booleans to fill by")
+            continue
+        if changed_between(item.call, weighted, item.mask) is not None:
+            walk.blocked(f"mask in {said(item.call)}: written before the result, needs to stay as it is")
+        heads = roles.q.batch_and_heads[1]
+        batch = len(order) - heads
+        here = masks.Place(roles.q, tuple(where.dims), (*order, *query_and_key), (batch, heads))
+        if where.dims[-2:] != query_and_key or ONE in where.dims:
+            here = replace(here, labels=tuple(f"{i}{label}" if label == ONE else label for i, label in enumerate(where.dims)))
+        if given and here != place:
+            walk.blocked(f"masks on scores in two shapes (in {said(item.call)}): needs one")
+            continue
+        place = here
+        given.append(masks.Given(item.mask, item.when_true, item.factor, item.fills))
+    return masks.read(given, place, q_len, kv_len, dtype=out.dtype)
 
 
 def _to_weighted(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> tuple[list[fx.Node], Contraction] | None:
@@ -221,9 +243,7 @@ def _to_scores(softmax: fx.Node, walk: _Walk, live: set[fx.Node]) -> Contraction
             walk.blocked(f"scores: used elsewhere (by {', '.join(dict.fromkeys(map(said, users)))})")
         if found is not None:
             if found.added is not None:
-                if found.added_factor != 1:
-                    walk.blocked(f"beta {found.added_factor} on the mask: needs 1")
-                _masked(walk, found.added, node, added=True)
+                _masked(walk, found.added, node, found.added_factor)
             _times(walk, found.factor)
             return found
         if not _is_floating(node):
@@ -257,24 +277,33 @@ def _step(node: fx.Node, walk: _Walk) -> fx.Node | None:
             factor = 1 / factor if factor else None
         _times(walk, factor)
         return scores
-    if calls(node, *SUMS) and isinstance(first, fx.Node) and isinstance(second, fx.Node):
-        if node.kwargs.get("alpha", 1) != 1:
-            walk.blocked(f"alpha {node.kwargs['alpha']} on the mask: needs 1")
+    if calls(node, *SUMS, *DIFFERENCES) and isinstance(first, fx.Node) and isinstance(second, fx.Node):
+        factor = node.kwargs.get("alpha", 1)
         scores, mask = (first, second) if leads_to_scores(first) else (second, first)
-        _masked(walk, mask, node, added=True)
+        if calls(node, *DIFFERENCES):
+            if scores is second:
+                return None
+            factor = -factor
+        elif scores is second and factor != 1:
+            walk.blocked(f"alpha {factor} on the scores: needs 1")
+        _masked(walk, mask, node, factor)
         return scores
-    if calls(node, *FILLS) and _is_masking(argument(node, 2, "value"), node):
-        _masked(walk, second if second is not None else node.kwargs.get("mask"), node, added=False, when_true=True)
-        return first  # type: ignore[no-any-return]
+    if calls(node, *FILLS):
+        fill = _filled_with(argument(node, 2, "value"), node)
+        if fill is not None:
+            _masked(walk, second if second is not None else node.kwargs.get("mask"), node, fills=fill, when_true=True)
+            return first  # type: ignore[no-any-return]
     if calls(node, "where") and len(node.args) == 3:
         condition, chosen, other = node.args
         if node.op == "call_method":  # scores.where(condition, other)
             condition, chosen = chosen, condition
-        if _is_masking(other, node):
-            _masked(walk, condition, node, added=False, when_true=False)
+        fill = _filled_with(other, node)
+        if fill is not None:
+            _masked(walk, condition, node, fills=fill)
             return chosen  # type: ignore[return-value]
-        if _is_masking(chosen, node):
-            _masked(walk, condition, node, added=False, when_true=True)
+        fill = _filled_with(chosen, node)
+        if fill is not None:
+            _masked(walk, condition, node, fills=fill, when_true=True)
             return other  # type: ignore[return-value]
     operands = [item for item in node.all_input_nodes if leads_to_scores(item)]
     if len(operands) != 1:
@@ -292,20 +321,27 @@ def _times(walk: _Walk, factor: Any) -> None:
         walk.blocked("scale computed in the graph: needs a constant")
 
 
-def _masked(walk: _Walk, mask: Any, call: fx.Node, added: bool, when_true: bool = False) -> None:
-    if walk.scale != 1:  # minus infinity times a negative scale, or a low value times a small one, masks nothing
-        walk.blocked("scale after the mask: needs it before")
-    walk.masks.append(_Mask(mask, call, added, when_true))
+def _masked(
+    walk: _Walk, mask: Any, call: fx.Node, factor: Any = 1.0, *, fills: float | None = None, when_true: bool = False
+) -> None:
+    if not isinstance(factor, (int, float)) or not isinstance(mask, fx.Node):
+        walk.blocked("mask times what is computed in the graph: needs a constant")
+        return
+    if fills is not None and not walk.scale > 0:  # minus infinity times a negative scale masks nothing
+        walk.blocked(f"scale {walk.scale:g} after the mask: needs one above 0")
+    if fills is not None and fills != -math.inf and walk.scale < 1:
+        walk.blocked(f"scale {walk.scale:g} after the mask: needs it before")
+    walk.masks.append(_Mask(mask, call, factor * walk.scale, fills, when_true))
 
 
-def _is_masking(fill: Any, scores: fx.Node) -> bool:
-    """Whether a fill value makes a weight exactly zero: -inf, or a dtype's lowest value."""
+def _filled_with(fill: Any, scores: fx.Node) -> float | None:
+    """A fill value that makes a weight exactly zero: -inf, or a dtype's lowest value; None for any other."""
     found = tensor(scores)
     assert found is not None
     filled = masks.constant(fill) if isinstance(fill, fx.Node) else fill
     if filled is None or (isinstance(fill, fx.Node) and filled.numel() != 1):
-        return False
-    return float(filled) <= masks.masking_threshold(found.dtype)
+        return None
+    return float(filled) if float(filled) <= masks.masking_threshold(found.dtype) else None
 
 
 def _is_floating(node: fx.Node) -> bool:

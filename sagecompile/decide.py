@@ -253,8 +253,6 @@ def _site_limits(site: AttentionSite) -> Iterator[str]:
         yield "needs a gradient: run under torch.inference_mode() or torch.no_grad()"
     if site.dropout_p != 0.0:
         yield f"dropout_p {site.dropout_p:g}: needs 0 (model.eval())"
-    if site.mask.tensor is not None:
-        yield f"mask {site.mask.tensor}: needs none, or one that the graph shows to be causal"
     if site.value_dim != site.head_dim:
         yield f"value head_dim {site.value_dim}: needs q's and k's, {site.head_dim}"
     for what, size in (("batch", site.batch), ("heads", site.heads), ("q_len", site.q_len), ("kv_len", site.kv_len)):
@@ -266,8 +264,11 @@ def _provider_limit(site: AttentionSite, row: Provider) -> str | None:
     """What this provider cannot do."""
     if site.head_dim > row.max_head_dim:
         return f"head_dim {site.head_dim}: needs at most {row.max_head_dim}"
-    if site.mask.is_causal and not site.mask.is_plain and not row.causal_offset:
+    if site.mask.is_affine and not site.mask.is_plain and not row.causal_offset:
         return f"mask {site.mask}: {row.name} needs none or causal"
+    if not (site.mask.is_affine or row.masks):
+        behind = " or causal behind a context" if row.causal_offset else ""
+        return f"mask {site.mask}: {row.name} needs none, or one that the graph shows to be causal{behind}"
     return None
 
 

@@ -75,7 +75,8 @@ def _watched(op: Callable[..., torch.Tensor], measured: Measured) -> Callable[..
         calls, _, exact = counts.read(wait=True).get(how["site"], counts.Counts())
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             scale = how["scale"] if how["scale"] is not None else q.shape[3] ** -0.5
-            call = Call(q, k, v, scale, how["ahead"])
+            seen = {name: how.get(name) for name in ("behind", "low", "high", "mask")}
+            call = Call(q, k, v, scale, how["ahead"], **seen)
             if of_prologues:
                 q_weight, k_weight, cos, sin = of_prologues
                 q_prologue = Prologue(how["q_eps"], q_weight, how["q_rope"], cos, sin)
@@ -100,8 +101,7 @@ def _error(call: Call, out: torch.Tensor) -> float:
         step = max(1, MAX_SCORES // (head.q.shape[1] * head.k.shape[2]))
         for start in range(0, head.q.shape[2], step):
             part = slice(start, start + step)
-            ahead = None if call.ahead is None else call.ahead + start
-            exact = sdpa(replace(head, q=head.q[:, :, part].double(), ahead=ahead).of_seen_keys())
+            exact = sdpa(_of_queries(head, part).of_seen_keys())
             finite = exact.isfinite()
             difference = torch.where(finite, out_head[:, :, part] - exact, 0.0)
             wrong = wrong + difference.square().sum()
@@ -118,4 +118,17 @@ def _heads(call: Call, out: torch.Tensor) -> Iterator[tuple[Call, torch.Tensor]]
         for head in range(call.k.shape[1]):
             its, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
             one = slice(batch, batch + 1)
-            yield replace(call, q=call.q[one, its], k=call.k[one, own], v=call.v[one, own]), out[one, its]
+            mine = replace(call, q=call.q[one, its], k=call.k[one, own], v=call.v[one, own])
+            if not call.is_affine:
+                mask = call.joined_mask()
+                assert mask is not None
+                expanded = mask.expand(*call.q.shape[:3], call.k.shape[2])[one, its]
+                mine = replace(mine, ahead=None, behind=None, low=None, high=None, mask=expanded)
+            yield mine, out[one, its]
+
+
+def _of_queries(head: Call, part: slice) -> Call:
+    """The call of some of the queries, in float64."""
+    ahead = None if head.ahead is None else head.ahead + part.start
+    mask = None if head.mask is None else head.mask[:, :, part]
+    return replace(head, q=head.q[:, :, part].double(), ahead=ahead, mask=mask)

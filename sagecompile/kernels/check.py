@@ -35,5 +35,7 @@ def check(call: Call, out: torch.Tensor, format: str, formats: Collection[str], 
         raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}, out {out.dtype}: need one of {DTYPES} for all four")
     if call.ahead is not None and call.ahead < 0:
         raise ValueError(f"ahead {call.ahead}: must be at least 0")
+    if not call.is_affine:
+        raise ValueError(f"a mask beyond ahead={call.ahead}: need none of behind, low, high and mask")
     if not q.device == k.device == v.device == out.device:
         raise ValueError(f"q {q.device}, k {k.device}, v {v.device}, out {out.device}: need one device")

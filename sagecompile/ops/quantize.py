@@ -52,34 +52,51 @@ would be off by factors. A head with such scores is computed exactly, as one wit
 """
 
 
-def smooth_k(k: torch.Tensor) -> torch.Tensor:
-    """K minus its mean over the tokens, float32: softmax does not see a vector that is added to every key."""
+def mean(x: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Over the tokens of x (B, H, N, D), those that are seen (B, H, N) if that is given: (B, H, 1, D)."""
+    if seen is None:
+        return x.mean(-2, keepdim=True)
+    total = torch.where(seen[..., None], x, 0.0).sum(-2, keepdim=True)
+    return total / seen.sum(-1).clamp_min(1)[..., None, None]
+
+
+def smooth_k(k: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """K minus its mean over the tokens, float32: softmax does not see a vector that is added to every key.
+
+    seen (B, H, N): the keys that some query sees; the mean is of them, and the others become 0.
+    """
     k = k.float()
-    return k - k.mean(-2, keepdim=True)
+    smooth = k - mean(k, seen)
+    return smooth if seen is None else torch.where(seen[..., None], smooth, 0.0)
 
 
-def sample(x: torch.Tensor) -> torch.Tensor:
-    """At most SAMPLE tokens of x (B, H, N, D), evenly spaced: always the same ones."""
+def sample(x: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """At most SAMPLE tokens of x (B, H, N, D), evenly spaced: always the same ones; of those that are seen alone."""
     tokens = x.shape[-2]
     count = min(SAMPLE, tokens)
-    return x[..., torch.arange(count, device=x.device) * tokens // count, :]
+    places = torch.arange(count, device=x.device)
+    if seen is None:
+        return x[..., places * tokens // count, :]
+    order = seen.int().argsort(dim=-1, descending=True, stable=True)  # those that are seen, then the others
+    chosen = order.gather(-1, places * seen.sum(-1, keepdim=True) // count)
+    return x.gather(-2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))
 
 
-def balance(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def balance(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
     """a (B, H, 1, D), so that q * a and k / a have the same scores as q and k, and each channel the same size in both.
 
-    q (B, H, N, D): of all heads that share a head of K, one after the other; k: smoothed. a = sqrt(rms(k) / rms(q)) of
+    q (B, H, N, D): of all heads that share a head of K, one after the other; k: smoothed; seen: as of `smooth_k`. a = sqrt(rms(k) / rms(q)) of
     each channel makes sum(rms(q * a)^2) * sum(rms(k / a)^2), to which the noise of rotated scores is proportional, the
     least there is (Cauchy-Schwarz). Any a is exact: a sample of tokens does, and a NaN or Inf in it counts as 0. Where
     channels are alike it is 1, as far as a sample can say: a part of the queries has the basis of all of them then.
     """
 
-    def log2_rms(x: torch.Tensor) -> torch.Tensor:
-        x = sample(x).double()
+    def log2_rms(x: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        x = sample(x, seen).double()
         size = torch.where(x.isfinite(), x, 0.0).square().mean(-2, keepdim=True).sqrt()
         return size.maximum(size.amax(-1, keepdim=True) * LEAST_RMS).clamp_min(TINY).log2()
 
-    exponent = (log2_rms(k) - log2_rms(q)) / 2
+    exponent = (log2_rms(k, seen) - log2_rms(q)) / 2
     exponent = exponent - exponent.mean(-1, keepdim=True)
     return torch.where(exponent.abs() > LEAST_EXPONENT, exponent, 0.0).exp2().float()
 
@@ -151,11 +168,13 @@ def fp8_per_channel(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return fp8((v / scale).clamp(-FP8_MAX, FP8_MAX)), scale
 
 
-def square_of_blocks(x: torch.Tensor) -> torch.Tensor:
+def square_of_blocks(x: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
     """|x|^2 of the tokens of each K_BLOCK, (B, H, N, D) -> (B, H, N, 1): sqrt(mean(|x|^4)), in which outliers count."""
     squares = x.square().sum(-1, keepdim=True)
-    blocks = [block.square().mean(-2, keepdim=True).sqrt().expand_as(block) for block in squares.split(K_BLOCK, -2)]
-    return torch.cat(blocks, -2)
+    blocks = squares.split(K_BLOCK, -2)
+    those = [None] * len(blocks) if seen is None else seen.split(K_BLOCK, -1)
+    means = [mean(block.square(), of).sqrt().expand_as(block) for block, of in zip(blocks, those, strict=True)]
+    return torch.cat(means, -2)
 
 
 def noise(unit: torch.Tensor, q_square: torch.Tensor, k_square: torch.Tensor) -> torch.Tensor:

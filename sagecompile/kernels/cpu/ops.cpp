@@ -71,9 +71,11 @@ bool attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
 }
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::optional<double> scale,
-                     std::optional<int64_t> ahead, std::string_view format, std::string_view provider, bool tokens_first,
-                     std::string_view site) {
-    if (can_run(q, k, v, format, provider) && ahead.value_or(0) >= 0) {
+                     std::optional<int64_t> ahead, std::optional<int64_t> behind, const std::optional<at::Tensor>& low,
+                     const std::optional<at::Tensor>& high, const std::optional<at::Tensor>& mask,
+                     std::string_view format, std::string_view provider, bool tokens_first, std::string_view site) {
+    const bool is_affine = !(behind || low || high || mask);
+    if (is_affine && can_run(q, k, v, format, provider) && ahead.value_or(0) >= 0) {
         const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3), all = heads * tokens * head_dim;
         const int64_t head = tokens_first ? head_dim : tokens * head_dim, token = tokens_first ? heads * head_dim : head_dim;
         const auto out = at::empty_strided(q.sizes(), {all, head, token, 1}, q.options());
@@ -82,13 +84,14 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     static const auto in_python = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("sagecompile::attention_in_python", "")
                                       .typed<decltype(attention)>();
-    return in_python.call(q, k, v, scale, ahead, format, provider, tokens_first, site);
+    return in_python.call(q, k, v, scale, ahead, behind, low, high, mask, format, provider, tokens_first, site);
 }
 
 void attention_into(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, double scale,
-                    std::optional<int64_t> ahead, std::string_view format, std::string_view provider,
-                    std::string_view site) {
-    const bool can_write = is_plain(out) && out.sizes() == q.sizes() && out.scalar_type() == q.scalar_type();
+                    std::optional<int64_t> ahead, std::optional<int64_t> behind, const std::optional<at::Tensor>& low,
+                    const std::optional<at::Tensor>& high, const std::optional<at::Tensor>& mask,
+                    std::string_view format, std::string_view provider, std::string_view site) {
+    const bool can_write = !(behind || low || high || mask) && is_plain(out) && out.sizes() == q.sizes() && out.scalar_type() == q.scalar_type();
     if (can_write && ahead.value_or(0) >= 0 && can_run(q, k, v, format, provider) &&
         attend(q, k, v, out, scale, ahead, site)) {
         if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();  // for whoever saved it for a gradient
@@ -97,7 +100,7 @@ void attention_into(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
     static const auto in_python = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("sagecompile::attention_into_in_python", "")
                                       .typed<decltype(attention_into)>();
-    in_python.call(q, k, v, out, scale, ahead, format, provider, site);
+    in_python.call(q, k, v, out, scale, ahead, behind, low, high, mask, format, provider, site);
 }
 
 }  // namespace
