@@ -51,6 +51,8 @@ class Provider:
     """Whether it can apply RMSNorm and RoPE to Q and K as it reads them, see kernels/prologue.py."""
     causal_offset: bool = False
     """Whether query i can be made to see the keys j <= i + an offset, as where a prompt's earlier part is cached."""
+    masks: bool = False
+    """Whether it takes the rest of a mask: how far behind a query sees, bounds in tensors, a tensor of any shape."""
     cuda_graphs: bool = True
     """Whether its calls can be captured in a CUDA graph."""
     trial_tokens: int | None = 200
@@ -118,6 +120,7 @@ PROVIDERS: dict[str, Provider] = {
             "torch",
             head_dims=(64, 96, 128, 256),
             causal_offset=True,
+            masks=True,
         ),
         Provider(
             "reference",

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-SUFFIXES = (".py", ".cpp", ".cu", ".cuh")
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 
 @cache

@@ -78,7 +78,7 @@ def _examine_device(name: str) -> dict[str, Any]:
 
 def _abilities(provider: Provider) -> dict[str, Any]:
     """What `decide` asks of it."""
-    names = ("head_dims", "causal_offset", "prologues", "cuda_graphs", "may_win")
+    names = ("head_dims", "causal_offset", "masks", "prologues", "cuda_graphs", "may_win")
     return {name: getattr(provider, name) for name in names}
 
 
@@ -128,9 +128,10 @@ def render(found: dict[str, Any]) -> str:
 
 
 def _said(does: dict[str, Any]) -> str:
-    """`works: head_dim up to 128, causal behind a context, norm and RoPE of q and k`."""
+    """`works: head_dim up to 128, causal behind a context, any mask, norm and RoPE of q and k`."""
     able = [f"head_dim up to {does['head_dims'][-1]}"]
     able += ["causal behind a context"] if does["causal_offset"] else []
+    able += ["any mask"] if does["masks"] else []
     able += ["norm and RoPE of q and k"] if does["prologues"] else []
     able += [] if does["cuda_graphs"] else ["not in CUDA graphs"]
     able += [] if does["may_win"] else ["never chosen by policy=auto"]

@@ -14,10 +14,12 @@ from .call import Call
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check(call: Call, out: torch.Tensor, format: str, formats: Collection[str], max_head_dim: int) -> None:
+def check(
+    call: Call, out: torch.Tensor, format: str, formats: Collection[str], max_head_dim: int, masks: bool = False
+) -> None:
     """q, out: (B, Hq, Nq, D); k, v: (B, Hkv, Nk, D) with Hq a multiple of Hkv; one dtype, one device; nothing empty.
 
-    Every query sees a key.
+    masks: whether the provider takes what of a mask is not `ahead`.
     """
     q, k, v = call.q, call.k, call.v
     if format not in formats:

@@ -49,14 +49,15 @@ def why_none() -> str | None:
     return None
 
 
-def library(source: Path, what: str, flags: Sequence[str]) -> Path:
-    """Compiled now, or found where an earlier process left it; `what` it is, for the log."""
+def library(source: Path, what: str, flags: Sequence[str], headers: Sequence[Path] = ()) -> Path:
+    """Compiled now, or found where an earlier process left it; `what` it is, for the log; headers of our own."""
     reason = why_none()
     if reason is not None:
         raise UnsupportedError(reason)
     command = [get_cpp_compiler(), *FLAGS, str(source), *flags]
     version = _run([command[0], "--version"])
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), version, *map(str.encode, command)])).hexdigest()[:20]
+    text = [file.read_bytes() for file in (source, *headers)]
+    key = hashlib.sha256(b"\0".join([*text, version, *map(str.encode, command)])).hexdigest()[:20]
 
     def build() -> bytes:
         logger.info("building %s with %s, once and in seconds", what, command[0])

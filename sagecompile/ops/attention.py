@@ -7,7 +7,9 @@ backward: where a tensor requires a gradient a call raises UnsupportedError, and
 call; torch.func's transforms see none.
 `qk_norm_rope_attention` is the same on q and k as the projections leave them: it does their RMSNorm and RoPE too, as
 kernels/prologue.py says. `attention_into` writes a tensor that there is, whose elements must not share memory.
-Query i sees the keys j <= i + ahead, if that is a number: 0 is SDPA's `is_causal`. With None it sees all.
+Query i sees the keys that `ahead`, `behind`, `low`, `high` and `mask` all let it see, as far as they are given: see
+kernels/call.py. A row that sees none is what SDPA makes of it: 0, or where a number too low hides all, as finfo.min
+does, an average of all.
 `site` is the name under which kernels/counts.py has the calls and their exact rows; nothing else depends on it.
 """
 
@@ -26,13 +28,14 @@ from sagecompile.formats import FORMATS, PROVIDERS
 from sagecompile.kernels.call import Call
 from sagecompile.kernels.prologue import ROPES, Prologue
 
-_HOW = 'float? scale, SymInt? ahead, str format, str provider, bool tokens_first, str site=""'
+_MORE = 'str site="", SymInt? behind=None, Tensor? low=None, Tensor? high=None, Tensor? mask=None'
+_HOW = f"float? scale, SymInt? ahead, str format, str provider, bool tokens_first, {_MORE}"
 SCHEMAS = {
     "attention": f"(Tensor q, Tensor k, Tensor v, *, {_HOW}) -> Tensor",
     "qk_norm_rope_attention": "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
     f"Tensor? sin, *, float? q_eps, float? k_eps, str q_rope, str k_rope, {_HOW}) -> Tensor",
-    "attention_into": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, float scale, SymInt? ahead, str format, "
-    'str provider, str site="") -> ()',
+    "attention_into": f"(Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, float scale, SymInt? ahead, str format, "
+    f"str provider, {_MORE}) -> ()",
 }
 library = torch.library.Library("sagecompile", "DEF")
 IN_PYTHON = "_in_python"
@@ -129,19 +132,47 @@ def _attend(call: Call, format: str, provider: str, tokens_first: bool) -> torch
     out = _empty(q, tokens_first)
     if q.numel() == 0:
         return out
-    _check_ahead(call.ahead, provider)
+    _check_mask(call, provider)
     if k.shape[2] == 0:
         return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=True))
     _launch(call, out, format, provider)
     return out
 
 
-def _check_ahead(ahead: int | None, provider: str) -> None:
-    """Raise UnsupportedError where a query would see no key, or where the provider has no offset."""
-    if ahead is not None and ahead < 0:
-        raise UnsupportedError(f"ahead {ahead}: needs 0 or more, or None")
-    if ahead and not PROVIDERS[provider].causal_offset:
-        raise UnsupportedError(f"ahead {ahead}: {provider} needs 0 or None")
+def _check_mask(call: Call, provider: str) -> None:
+    """Raise UnsupportedError for bounds that do not fit q and k, and for what the provider does not have."""
+    for name, number in (("ahead", call.ahead), ("behind", call.behind)):
+        if number is not None and number < 0:
+            raise UnsupportedError(f"{name} {number}: needs 0 or more, or None")
+    if call.ahead and not PROVIDERS[provider].causal_offset:
+        raise UnsupportedError(f"ahead {call.ahead}: {provider} needs 0 or None")
+    if call.is_affine:
+        return
+    if not PROVIDERS[provider].masks:
+        able = ", ".join(row.name for row in PROVIDERS.values() if row.masks)
+        raise UnsupportedError(f"provider {provider!r}: behind, low, high and mask need one of {able}")
+    batch, heads, q_len, _ = call.q.shape
+    per_row, scores = (batch, q_len), (batch, heads, q_len, call.k.shape[2])
+    for name, bound in (("low", call.low), ("high", call.high)):
+        fits = bound is None or (bound.dtype == torch.int32 and bound.dim() == 2 and _broadcasts(bound, per_row))
+        if not fits:
+            raise UnsupportedError(f"{_said(name, bound)}: needs torch.int32 {per_row}, 1 for any of them")
+    dtypes = (torch.bool, torch.float32, call.q.dtype)
+    if call.mask is not None and not (call.mask.dtype in dtypes and _broadcasts(call.mask, scores)):
+        needed = " or ".join(map(str, dict.fromkeys(dtypes)))
+        raise UnsupportedError(f"{_said('mask', call.mask)}: needs {needed} that broadcasts to {scores}")
+    for name, given in (("low", call.low), ("high", call.high), ("mask", call.mask)):
+        if given is not None and given.device != call.q.device:
+            raise UnsupportedError(f"{name} on {given.device}: needs q's device, {call.q.device}")
+
+
+def _broadcasts(given: torch.Tensor, sizes: tuple[int, ...]) -> bool:
+    wanted = sizes[len(sizes) - given.dim() :]
+    return given.dim() <= len(sizes) and all(a in (1, b) for a, b in zip(given.shape, wanted, strict=True))
+
+
+def _said(name: str, given: Any) -> str:
+    return f"{name} {given.dtype} {tuple(given.shape)}"
 
 
 def _launch(call: Call, out: torch.Tensor, format: str, provider: str) -> None:
@@ -164,10 +195,14 @@ def _attention(
     provider: str,
     tokens_first: bool,
     site: str = "",
+    behind: int | None = None,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check_gradients(q, k, v)
+    _check_gradients(q, k, v, mask)
     _check(q, k, v, format, provider)
-    call = Call(q, k, v, _scale(scale, q), ahead, site=site)
+    call = Call(q, k, v, _scale(scale, q), ahead, None, None, site, behind, low, high, mask)
     return _attend(call, format, provider, tokens_first)
 
 
@@ -184,8 +219,12 @@ def _attention_into(
     format: str,
     provider: str,
     site: str = "",
+    behind: int | None = None,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> None:
-    _check_gradients(q, k, v, out)
+    _check_gradients(q, k, v, out, mask)
     _check(q, k, v, format, provider)
     if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
         raise UnsupportedError(
@@ -193,12 +232,13 @@ def _attention_into(
         )
     if k.shape[2] == 0:
         raise UnsupportedError("0 keys: needs some")
-    _check_ahead(ahead, provider)
+    call = Call(q, k, v, scale, ahead, None, None, site, behind, low, high, mask)
+    _check_mask(call, provider)
     if q.numel() == 0:
         return
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # for whoever saved it for a gradient
-    _launch(Call(q, k, v, scale, ahead, site=site), out, format, provider)
+    _launch(call, out, format, provider)
 
 
 @torch.library.impl(library, "qk_norm_rope_attention", "CompositeExplicitAutograd")
@@ -222,8 +262,12 @@ def _qk_norm_rope_attention(
     provider: str,
     tokens_first: bool,
     site: str = "",
+    behind: int | None = None,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check_gradients(q, k, v, q_weight, k_weight, cos, sin)
+    _check_gradients(q, k, v, q_weight, k_weight, cos, sin, mask)
     _check(q, k, v, format, provider)
     if not PROVIDERS[provider].prologues:
         able = ", ".join(row.name for row in PROVIDERS.values() if row.prologues)
@@ -237,7 +281,7 @@ def _qk_norm_rope_attention(
         _check_prologue(x, name, prologue)
         prologues.append(None if eps is None and rope == "none" else prologue)
     q_prologue, k_prologue = prologues
-    call = Call(q, k, v, _scale(scale, q), ahead, q_prologue, k_prologue, site)
+    call = Call(q, k, v, _scale(scale, q), ahead, q_prologue, k_prologue, site, behind, low, high, mask)
     return _attend(call, format, provider, tokens_first)
 
 

@@ -41,36 +41,25 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
 
+#include "masks.h"
+#include "tensors.h"
+
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-
-constexpr int ROWS = 12;        // queries, and
-constexpr int LANES = 32;       // keys or dimensions, of one call of the micro-kernel
-constexpr int KEYS = 256;       // of a tile
-constexpr int K_BLOCK = 64;     // tokens of K that share a scale, and are packed at a time
-constexpr int BLOCKS = KEYS / K_BLOCK;
 constexpr int MAX_QUERIES = 96; // of a block
-constexpr int MAX_DIM = 256;    // |score| <= 127 * 127 * 256 < 2^22, see MAGIC
 constexpr int Q_WORDS = MAX_DIM / 4;
-constexpr int READ_AHEAD = 16;
-// Bytes of scratch that a thread keeps between calls, and that all of a call do.
-constexpr int64_t MOST_KEPT = 16 << 20, ALL_KEPT = 256 << 20;
 
 // 1.5 * 2^23 and its bits: adding an integer below 2^22 to the bits gives the bits of the sum. Sums of integers that
 // start here can be read as floats without a conversion, and the multiply-add that scales a score takes MAGIC away.
 constexpr float MAGIC = 12582912.0f;
 constexpr int32_t MAGIC_BITS = 0x4B400000;
 
-constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float SMALLEST_AMAX = 0x1p-119f; // amax / 127 is then a normal number, and 127 / amax a finite one
 constexpr float LARGEST_V = 0x1p96f;       // so that no sum of weighted values overflows before it is divided
 
@@ -81,9 +70,6 @@ constexpr float LEAST_SQUARE = 0x1p-14f; // LEAST_RMS squared
 constexpr float LEAST_EXPONENT = 0.5f;
 constexpr float MOST_ERROR = 0.022f, MOST_ERROR_OF_A_ROW = 0.07f, MOST_NOISE = 0.1f;
 constexpr float ROUNDING = 0.6931472f * 0.6931472f / 12.0f; // of noise
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // ---- The micro-kernel -----------------------------------------------------------------------------------------------
 
@@ -149,69 +135,6 @@ INLINE void multiply(const uint32_t* rows, const uint32_t* panel, int64_t words,
         }
     }
 }
-
-// ---- Reading and writing the caller's tensors -----------------------------------------------------------------------
-
-struct Float16 { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
-
-INLINE __m512 load(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-INLINE __m512 load(const Float16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
-INLINE __m512 load(const BFloat16* x, __mmask16 mask) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-
-INLINE void store(float* x, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(x, mask, value); }
-INLINE void store(Float16* x, __mmask16 mask, __m512 value) { // bfloat16 rounds V's largest value to Inf's place
-    const __m512 most = _mm512_set1_ps(65504.0f), least = _mm512_set1_ps(-65504.0f);
-    const __m512 clamped = _mm512_max_ps(_mm512_min_ps(value, most), least);
-    _mm256_mask_storeu_epi16(x, mask, _mm512_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT));
-}
-INLINE void store(BFloat16* x, __mmask16 mask, __m512 value) { // to the nearest even; the value is finite
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    _mm256_mask_storeu_epi16(x, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-
-INLINE __mmask16 first(int count) { return count >= 16 ? 0xFFFF : (1u << count) - 1; }
-
-// A (batch, heads, tokens, dim) tensor; strides in elements.
-template <class T> struct Tensor {
-    T* data;
-    const int64_t* strides;
-
-    T* token(int64_t batch, int64_t head, int64_t token) const {
-        return data + batch * strides[0] + head * strides[1] + token * strides[2];
-    }
-    // Fetch the token that is to be read READ_AHEAD steps of so many tokens later: those of a head are often on pages of
-    // their own, where the hardware does not fetch ahead by itself. An address that is not there does no harm.
-    INLINE void prefetch(const T* token, int dim, int64_t step = 1) const {
-        if (strides[3] != 1) return;
-        const char* const row = (const char*)token + READ_AHEAD * step * strides[2] * int64_t(sizeof(T));
-        for (int at = 0; at < dim * int(sizeof(T)); at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
-    }
-    // `dim` elements to float32, and zeros up to `width`, a multiple of 16.
-    INLINE void read(const T* from, int dim, int width, float* to) const {
-        T apart[MAX_DIM];
-        if (strides[3] != 1) {
-            for (int d = 0; d < dim; ++d) apart[d] = from[d * strides[3]];
-            from = apart;
-        }
-        for (int d = 0; d < width; d += 16) _mm512_store_ps(to + d, load(from + d, first(std::max(dim - d, 0))));
-    }
-    INLINE void write(T* to, int dim, const float* from, float factor) const {
-        T apart[MAX_DIM];
-        T* const near = strides[3] == 1 ? to : apart;
-        for (int d = 0; d < dim; d += 16) {
-            store(near + d, first(dim - d), _mm512_mul_ps(_mm512_load_ps(from + d), _mm512_set1_ps(factor)));
-        }
-        if (near == apart) {
-            for (int d = 0; d < dim; ++d) to[d * strides[3]] = apart[d];
-        }
-    }
-};
 
 // ---- Change of basis ------------------------------------------------------------------------------------------------
 
@@ -309,48 +232,6 @@ INLINE float quantize(const float* x, int width, float inverse, uint8_t flip, ui
 
 // ---- The packed K and V ---------------------------------------------------------------------------------------------
 
-struct Shape {
-    int64_t batch, q_heads, q_len, kv_heads, kv_len;
-    int64_t ahead; // of query i: it sees the keys j <= i + ahead
-    int dim;
-    float scale;
-
-    int64_t group() const { return q_heads / kv_heads; }
-    int width() const { return round_up(dim, LANES); } // of V and the output
-    int k_width() const { return round_up(dim, 16); }  // of Q and K, as they are rotated
-    int k_words() const { return k_width() / 4; }
-    int64_t k_blocks() const { return ceil_div(kv_len, K_BLOCK); }
-    int64_t tiles() const { return ceil_div(kv_len, KEYS); }
-};
-
-// Memory that a thread keeps between calls: pages that are new in each call take as long as packing into them.
-class Scratch {
-  public:
-    // 64-byte aligned, of any contents; nullptr if there is none.
-    uint32_t* get(int64_t words) {
-        if (words > size) {
-            memory.reset(); // before more is asked for
-            memory.reset(static_cast<uint32_t*>(std::aligned_alloc(64, round_up(words * 4, 64))));
-            size = memory ? words : 0;
-        }
-        return memory.get();
-    }
-    // Calls that need more work long enough to get new pages.
-    void trim(int threads) {
-        if (size * 4 > std::min(MOST_KEPT, ALL_KEPT / threads)) {
-            memory.reset();
-            size = 0;
-        }
-    }
-
-  private:
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    std::unique_ptr<uint32_t, Free> memory;
-    int64_t size = 0;
-};
-
 // Of K_BLOCK keys, what errors are predicted from: |k|^2 as integers, sqrt(mean(|k|^4)), in which outlying tokens
 // count, and the mean of |v|^2, or more where some v outlie.
 struct Judged {
@@ -364,8 +245,9 @@ struct Packed {
         for (int64_t size : sizes(s)) total += round_up(heads * size, 16);
         return total;
     }
-    Packed(const Shape& s, int64_t first_head, int64_t heads, uint32_t* memory)
-        : shape(s), first_head(first_head), k_size(sizes(s)[0]), v_size(sizes(s)[1]) {
+    Packed(const Masks& masks, int64_t first_head, int64_t heads, uint32_t* memory)
+        : masks(masks), shape(masks.shape), first_head(first_head), k_size(sizes(shape)[0]), v_size(sizes(shape)[1]) {
+        const Shape& s = shape;
         uint32_t* parts[PARTS];
         for (int i = 0; i < PARTS; ++i) {
             parts[i] = memory;
@@ -396,6 +278,7 @@ struct Packed {
         return v + place(head) * v_size + tile + key % KEYS / Values::KEYS_A_WORD * LANES;
     }
 
+    const Masks& masks;
     const Shape& shape;
 
   private:
@@ -412,7 +295,7 @@ struct Packed {
     int64_t first_head, k_size, v_size;
     uint32_t *k, *v;
     int32_t* start; // where the sum of products with that key starts: MAGIC_BITS, less what q + 128 adds
-    float* k_scale; // of each K_BLOCK keys; infinite where K or V cannot be quantized
+    float* k_scale; // of each K_BLOCK keys; infinite where K or V cannot be quantized, and 0 where no query sees a key
     Judged* judged;
     float* mean;
     float* factors; // of each channel, before it is rotated: of Q, then of K
@@ -447,16 +330,17 @@ INLINE __m512 signed_size(int d, float size) {
     return _mm512_castsi512_ps(_mm512_xor_si512(signs, _mm512_castps_si512(_mm512_set1_ps(size))));
 }
 
-// The mean of up to about 256 tokens of K, evenly spread: any vector does, softmax does not see it.
+// The mean of up to about 256 of the tokens of K that are seen, evenly spread: any vector does, softmax does not see it.
 template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t head) {
     const Shape& shape = to.shape;
-    const int64_t step = 1 + (shape.kv_len - 1) / 256;
-    const __m512 part = _mm512_set1_ps(1.0f / ceil_div(shape.kv_len, step));
+    SeenKeys seen(to.masks, head);
+    const int64_t step = 1 + (seen.count - 1) / 256;
+    const __m512 part = _mm512_set1_ps(1.0f / ceil_div(seen.count, step)); // not used where none is seen
     float* mean = to.k_mean(head);
     std::fill_n(mean, shape.width(), 0.0f);
-    for (int64_t n = 0; n < shape.kv_len; n += step) {
+    for (int64_t n = 0; n < seen.count; n += step) {
         alignas(64) float row[MAX_DIM];
-        const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, n);
+        const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, seen.at(n));
         k.prefetch(token, shape.dim, step);
         k.read(token, shape.dim, shape.k_width(), row);
         for (int d = 0; d < shape.dim; d += 16) {
@@ -470,8 +354,9 @@ template <class T> void find_mean(const Packed& to, const Tensor<T>& k, int64_t 
 template <class Token>
 INLINE void find_sizes(const Shape& shape, int64_t count, Token read, const float* mean, float* squares) {
     const int width = shape.k_width();
-    const int64_t sample = std::min<int64_t>(SAMPLE, count), step = count / sample, more = count % sample;
     std::fill_n(squares, width, 0.0f);
+    if (count == 0) return;
+    const int64_t sample = std::min<int64_t>(SAMPLE, count), step = count / sample, more = count % sample;
     for (int64_t i = 0, n = 0, left = 0; i < sample; ++i, n += step, left += more) { // n: i * count / sample
         if (left >= sample) {
             left -= sample;
@@ -509,8 +394,9 @@ template <class T> void find_factors(const Packed& to, const Tensor<T>& q, const
         for (; n - begin >= shape.q_len; begin += shape.q_len) ++q_head;
         read(q, q.token(batch, q_head, n - begin), row);
     }, zeros, of_q);
-    find_sizes(shape, shape.kv_len, [&](int64_t n, float* row) {
-        read(k, k.token(batch, kv_head, n), row);
+    SeenKeys seen(to.masks, head);
+    find_sizes(shape, seen.count, [&](int64_t n, float* row) {
+        read(k, k.token(batch, kv_head, seen.at(n)), row);
     }, to.k_mean(head), of_k);
     __m512 sum = _mm512_setzero_ps();
     for (int d = 0; d < shape.dim; d += 16) {
@@ -564,15 +450,20 @@ INLINE __m512i start_of(const uint32_t* panel, int words, __m512i& squares) {
     return _mm512_sub_epi32(_mm512_set1_epi32(MAGIC_BITS), excess);
 }
 
-// Quantize and pack tokens [from, from + count) of K, and zeros up to a whole panel; returns the largest number that is
-// quantized.
-template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t head, int64_t from, int count) {
+// Quantize and pack those of the tokens [from, from + count) of K that are seen, and zeros for the others up to a whole
+// panel; returns the largest number that is quantized.
+template <class T>
+float pack_k(const Packed& to, const Tensor<T>& k, int64_t head, int64_t from, int count, uint64_t seen) {
     const Shape& shape = to.shape;
     const int padded = round_up(count, LANES), width = shape.k_width();
     alignas(64) float rows[K_BLOCK][MAX_DIM];
     const float* mean = to.k_mean(head);
     __m512i most = _mm512_setzero_si512();
     for (int n = 0; n < count; ++n) {
+        if (!(seen >> n & 1)) {
+            std::fill_n(rows[n], width, 0.0f);
+            continue;
+        }
         const T* const token = k.token(head / shape.kv_heads, head % shape.kv_heads, from + n);
         k.prefetch(token, shape.dim);
         k.read(token, shape.dim, width, rows[n]);
@@ -592,43 +483,56 @@ template <class T> float pack_k(const Packed& to, const Tensor<T>& k, int64_t he
         const __m512 square = _mm512_cvtepi32_ps(squares);
         fourth = _mm512_fmadd_ps(square, square, fourth);
     }
-    to.judged_by(head, from)->k = std::sqrt(_mm512_reduce_add_ps(fourth) / count);
+    to.judged_by(head, from)->k = std::sqrt(_mm512_reduce_add_ps(fourth) / __builtin_popcountll(seen));
     return amax;
 }
 
-// Pack tokens [from, from + count) of V, and zeros up to a whole panel; returns the largest |v|.
-template <class T> float pack_v(const Packed& to, const Tensor<T>& v, int64_t head, int64_t from, int count) {
-    const Shape& shape = to.shape;
+// Pack those of the tokens [from, from + count) of V that are seen, and zeros for the others up to a whole panel, in a
+// tile of which `words` are the first token's, of dimension 0; returns the largest |v|. `squares`: the sum of |v|^2.
+template <class T>
+float pack_v(const Shape& shape, const Tensor<T>& v, int64_t head, int64_t from, int count, uint64_t seen,
+             uint32_t* words, float& squares) {
     const int width = shape.width();
     __m512i most = _mm512_setzero_si512();
-    __m512 squares = _mm512_setzero_ps();
+    __m512 sum = _mm512_setzero_ps();
     for (int n = 0; n < round_up(count, LANES); n += Values::KEYS_A_WORD) {
         alignas(64) float rows[Values::KEYS_A_WORD][MAX_DIM];
         for (int i = 0; i < Values::KEYS_A_WORD; ++i) {
             const T* const token = v.token(head / shape.kv_heads, head % shape.kv_heads, from + n + i);
             v.prefetch(token, shape.dim);
-            v.read(token, n + i < count ? shape.dim : 0, width, rows[i]);
+            v.read(token, seen >> (n + i) & 1 ? shape.dim : 0, width, rows[i]);
             for (int d = 0; d < width; d += 16) {
                 const __m512 x = _mm512_load_ps(rows[i] + d);
                 most = larger(most, x);
-                squares = _mm512_fmadd_ps(x, x, squares);
+                sum = _mm512_fmadd_ps(x, x, sum);
             }
         }
         for (int d = 0; d < width; d += 16) {
-            uint32_t* const words = to.v_panel(head, from + n, d / LANES * LANES) + d % LANES;
-            _mm512_store_si512(words, Values::pack(rows[0] + d, MAX_DIM));
+            uint32_t* const to = words + d / LANES * LANES * TILE_WORDS + n / Values::KEYS_A_WORD * LANES + d % LANES;
+            _mm512_store_si512(to, Values::pack(rows[0] + d, MAX_DIM));
         }
     }
-    const float amax = largest_of(most);
-    to.judged_by(head, from)->v = std::max(_mm512_reduce_add_ps(squares) / count, amax * amax * shape.dim / 64);
-    return amax;
+    squares = _mm512_reduce_add_ps(sum);
+    return largest_of(most);
 }
 
 template <class T> void pack(const Packed& to, const Tensor<T>& k, const Tensor<T>& v, int64_t head, int64_t from) {
-    const int count = std::min<int64_t>(K_BLOCK, to.shape.kv_len - from);
-    const float k_amax = pack_k(to, k, head, from, count), v_amax = pack_v(to, v, head, from, count);
+    const Shape& shape = to.shape;
+    const int count = std::min<int64_t>(K_BLOCK, shape.kv_len - from);
+    const uint64_t seen = to.masks.are_plain ? first_bits(count) : to.masks.seen_by(head)[from / K_BLOCK];
+    Judged& judged = *to.judged_by(head, from);
+    float& scale = *to.k_scales(head, from);
+    float squares;
+    const float v_amax = pack_v(shape, v, head, from, count, seen, to.v_panel(head, from, 0), squares);
+    if (!seen) { // and no score with them, whatever it is
+        judged = {0.0f, 0.0f};
+        scale = 0.0f;
+        return;
+    }
+    const float k_amax = pack_k(to, k, head, from, count, seen);
+    judged.v = std::max(squares / __builtin_popcountll(seen), v_amax * v_amax * shape.dim / 64);
     const bool fits = k_amax <= FLT_MAX && v_amax <= LARGEST_V; // false for a NaN too
-    *to.k_scales(head, from) = fits ? k_amax / 127.0f : INFINITY;
+    scale = fits ? k_amax / 127.0f : INFINITY;
 }
 
 // ---- Attention of one block of queries ------------------------------------------------------------------------------
@@ -643,6 +547,11 @@ struct Block {
     alignas(64) float square[MAX_QUERIES + 16];   // |q|^2, of integers
     // Weighted by the weights, in 16 parts: the noise of scores, squared, and |v|^2.
     alignas(64) __m512 noise[MAX_QUERIES], values[MAX_QUERIES];
+    int64_t batch, head, first; // its queries are [first, first + count) of a head
+    int count;
+    Interval sees[MAX_QUERIES];          // of each query, those that are missing being the last one
+    Interval reaches[MAX_QUERIES / ROWS]; // from the first to the last key that some of ROWS queries see
+    float added[MAX_QUERIES];            // the largest number that is added to a score of a query that is literal
 };
 
 // Of some keys: their largest scale; the squares of their scales, and those times |k|^2, relative to that one; |v|^2.
@@ -654,12 +563,13 @@ struct Noise {
         const float* const scales = kv.k_scales(head, from);
         const Judged* const judged = kv.judged_by(head, from);
         const int blocks = int(ceil_div(end - from, K_BLOCK));
-        for (int b = 0; b < blocks; ++b) scale = std::max(scale, scales[b]);
-        for (int b = 0; b < blocks; ++b) {
+        int seen = 0;
+        for (int b = 0; b < blocks; ++b) scale = std::max(scale, scales[b]), seen += scales[b] > 0.0f;
+        for (int b = 0; b < blocks && seen > 0; ++b) { // of those that no query sees all is 0
             const float relative = scales[b] / scale, square = relative * relative;
-            unit += square * square / blocks;
-            k += square * judged[b].k * square * judged[b].k / blocks;
-            v += judged[b].v / blocks;
+            unit += square * square / seen;
+            k += square * judged[b].k * square * judged[b].k / seen;
+            v += judged[b].v / seen;
         }
         unit = std::sqrt(unit);
         k = std::sqrt(k);
@@ -680,12 +590,13 @@ struct Tile {
     alignas(64) float units[ROWS][BLOCKS];        // a score's size as a power of two. Not 0: a hidden -inf would be NaN
     alignas(64) float shrink[16];                 // what each query's earlier weights are now to be multiplied with
     alignas(64) float noise[16];                  // of each query's scores
+    Sight sight;
 };
 
 // ROWS queries have met no key.
 INLINE void reset(Block& block, const Shape& shape, int row) {
     for (int n = row; n < row + ROWS; ++n) {
-        block.top[n] = -INFINITY;
+        block.top[n] = -FLT_MAX; // below all scores, and a number, so that one that is hidden has the weight 0
         block.sum[n] = block.noise[n] = block.values[n] = _mm512_setzero_ps();
     }
     std::fill_n(block.out + row * shape.width(), ROWS * shape.width(), 0.0f);
@@ -693,8 +604,9 @@ INLINE void reset(Block& block, const Shape& shape, int row) {
 
 // Read, quantize and reset; returns the largest factor, infinite where Q cannot be quantized. Missing queries are zero.
 template <class T>
-float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T* token, int count,
-                  const float* factors) {
+float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const float* factors) {
+    const T* token = q.token(block.batch, block.head, block.first);
+    const int count = block.count;
     const int width = shape.k_width();
     const float sign = shape.scale < 0 ? -1.0f : 1.0f;
     float steepest = 0.0f;
@@ -712,6 +624,24 @@ float start_block(Block& block, const Shape& shape, const Tensor<T>& q, const T*
     return steepest;
 }
 
+// Which keys the block's queries see, but for a tensor.
+void find_intervals(Block& block, const Shape& shape, const Mask& mask) {
+    for (int n = 0; n < round_up(block.count, ROWS); ++n) {
+        Interval& sees = block.sees[n];
+        sees = n < block.count ? interval(shape, mask, block.batch, block.first + n) : block.sees[n - 1];
+        Interval& reaches = block.reaches[n / ROWS];
+        if (n % ROWS == 0) reaches = sees;
+        reaches = {std::min(reaches.low, sees.low), std::max(reaches.high, sees.high)};
+    }
+}
+
+// Whether ROWS queries see keys of the tile that starts at `key`, and no tensor hides them all.
+INLINE bool meets(const Block& block, const Masks& masks, int row, int64_t key) {
+    const Interval& reaches = block.reaches[row / ROWS];
+    return reaches.low < key + KEYS && reaches.high > key &&
+           masks.of(block.batch, block.head, block.first + row, key) != Class::EMPTY;
+}
+
 // Scores as they stand in a tile: integers that MAGIC was added to, or numbers, which are powers of two already.
 struct Integers {
     using Word = Int8;
@@ -722,6 +652,10 @@ struct Numbers {
     using Word = Float32;
     static constexpr int STRIDE = MAX_DIM;
     static constexpr float ZERO = 0.0f;
+    static constexpr float UNIT = LOG2_E; // of q times its scale
+};
+struct Literals : Numbers { // powers of e, to which something is added
+    static constexpr float UNIT = 1.0f;
 };
 
 INLINE __m512i start_at(const int32_t* start) { return _mm512_load_si512(start); }
@@ -819,52 +753,117 @@ INLINE void add_values(float* out, int width, const Tile& tile, const uint32_t* 
     }
 }
 
-// ROWS queries, of which the first is number `position`, meet the tile of keys that starts at `from`: their scores are
-// found by `find(keys)` and their units by `find_units()`.
-template <class Kind, class Find, class Units>
-INLINE void meet(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from,
-                 const Noise* noise, Find find, Units find_units) {
-    const Shape& shape = kv.shape;
-    const auto visible = [&](int r) { // keys of the tile that query r sees
-        const int64_t end = std::min(shape.kv_len, position + r + 1 + shape.ahead);
-        return int(std::clamp<int64_t>(end - from, 0, KEYS));
-    };
-    const int keys = round_up(visible(ROWS - 1), LANES), whole = round_up(keys, K_BLOCK);
-    if (keys == 0) return;
-    find(keys);
-    for (int r = 0; r < ROWS; ++r) std::fill(tile.scores[r] + visible(r), tile.scores[r] + whole, -INFINITY);
-    find_units();
-    soften<Kind>(tile, block, row, noise, whole);
-    for (int d = 0; d < shape.width(); d += LANES) {
-        add_values(block.out + row * shape.width() + d, shape.width(), tile, kv.v_panel(head, from, d), keys);
+// Hide what the tensor does of the scores of `keys` keys, which begin at block `b` of its sight.
+INLINE void hide(Tile& tile, int b, int keys) {
+    for (int r = 0; r < ROWS; ++r) {
+        for (int key = 0; key < keys; key += 64) {
+            const uint64_t hidden = ~tile.sight.bits[r][b + key / 64];
+            for (int n = 0; hidden && n < 64; n += 16) {
+                _mm512_mask_store_ps(tile.scores[r] + key + n, hidden >> n, _mm512_set1_ps(-INFINITY));
+            }
+        }
     }
 }
 
-void meet_integers(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from,
+// The same, and add to the others what the tensor says, which makes them powers of two: `from` is the first key's number.
+template <class Kind>
+INLINE void add(Tile& tile, const Block& block, const Masks& masks, int row, int64_t from, int keys) {
+    const int b = from % KEYS / 64, count = int(std::min<int64_t>(keys, masks.shape.kv_len - from));
+    const __m512 to_two = _mm512_set1_ps(LOG2_E);
+    for (int r = 0; r < std::min(ROWS, block.count - row); ++r) {
+        float* const scores = tile.scores[r];
+        const __m512 least = _mm512_set1_ps(-1e38f), shift = _mm512_set1_ps(block.added[row + r]);
+        masks.each_added(block.batch, block.head, block.first + row + r, from, count, [&](int n, __m512 x) {
+            const __m512 score = _mm512_load_ps(scores + n);
+            if (std::is_same_v<Kind, Literals>) { // rounded as SDPA does it, and not above 0 by more than a score
+                x = _mm512_mul_ps(_mm512_sub_ps(_mm512_add_ps(score, x), shift), to_two);
+                x = _mm512_max_ps(least, x);
+            } else {
+                const __m512 number = _mm512_sub_ps(score, _mm512_set1_ps(Kind::ZERO));
+                x = _mm512_fmadd_ps(number, _mm512_set1_ps(tile.units[r][n / K_BLOCK]), _mm512_mul_ps(x, to_two));
+            }
+            const __mmask16 seen = tile.sight.bits[r][b + n / 64] >> n % 64;
+            _mm512_store_ps(scores + n, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x));
+        });
+    }
+    std::fill_n(tile.units[0], ROWS * BLOCKS, 1.0f);
+}
+
+// ROWS queries meet the tile of keys that starts at `tile_from`: from `from` on, their scores are found by
+// `find(from, keys)` and their units by `find_units(from)`; the tile's values start at `values`.
+template <class Kind, class Find, class Units>
+INLINE void meet(Tile& tile, Block& block, int row, const Packed& kv, int64_t tile_from, const Noise* noise,
+                 const uint32_t* values, Find find, Units find_units) {
+    constexpr bool literally = std::is_same_v<Kind, Literals>;
+    const Shape& shape = kv.shape;
+    const Masks& masks = kv.masks;
+    const Interval& reaches = block.reaches[row / ROWS];
+    int begin = int(std::clamp<int64_t>(reaches.low - tile_from, 0, KEYS));
+    int end = int(std::clamp<int64_t>(reaches.high - tile_from, 0, KEYS));
+    if (begin >= end) return;
+    bool mixed = false;
+    if (!masks.are_plain) {
+        const int64_t query = block.first + row;
+        const Class is = masks.of(block.batch, block.head, query, tile_from);
+        mixed = literally || is == Class::MIXED;
+        if (is == Class::EMPTY && !literally) return;
+        if (mixed) {
+            const int count = std::min(ROWS, block.count - row);
+            masks.look(tile.sight, block.batch, block.head, query, count, tile_from, begin, end,
+                       literally ? -INFINITY : HIDDEN);
+            narrow(tile.sight, begin, end);
+            if (begin >= end) return;
+        }
+    }
+    begin = begin / K_BLOCK * K_BLOCK;
+    const int64_t from = tile_from + begin;
+    const int keys = round_up(end - begin, LANES), whole = round_up(keys, K_BLOCK);
+    find(from, keys);
+    find_units(from);
+    const bool adds = literally || (mixed && tile.sight.biased);
+    if (adds) add<Kind>(tile, block, masks, row, from, keys);
+    else if (mixed) hide(tile, begin / 64, keys);
+    for (int r = 0; r < ROWS; ++r) {
+        const Interval& sees = block.sees[row + r];
+        float* const scores = tile.scores[r];
+        std::fill(scores, scores + std::clamp<int64_t>(sees.low - from, 0, whole), -INFINITY);
+        std::fill(scores + std::clamp<int64_t>(sees.high - from, 0, whole), scores + whole, -INFINITY);
+    }
+    if (adds) soften<Numbers>(tile, block, row, noise, whole);
+    else soften<Kind>(tile, block, row, noise, whole);
+    values += begin / Values::KEYS_A_WORD * LANES;
+    for (int d = 0; d < shape.width(); d += LANES) {
+        add_values(block.out + row * shape.width() + d, shape.width(), tile, values + d * TILE_WORDS, keys);
+    }
+}
+
+void meet_integers(Tile& tile, Block& block, int row, const Packed& kv, int64_t head, int64_t tile_from,
                    const Noise& noise) {
-    const auto find = [&](int keys) {
+    const auto find = [&](int64_t from, int keys) {
         find_scores<Integers>(tile, block.q[row], kv.k_panel(head, from), kv.starts(head, from), 1, keys,
                               kv.shape.k_words());
     };
-    const auto find_units = [&] {
+    const auto find_units = [&](int64_t from) {
         const float* const scales = kv.k_scales(head, from);
-        const int blocks = int(std::min<int64_t>(BLOCKS, kv.shape.k_blocks() - from / K_BLOCK));
+        const int blocks = int(std::min<int64_t>(BLOCKS - from % KEYS / K_BLOCK, kv.shape.k_blocks() - from / K_BLOCK));
         for (int r = 0; r < ROWS; ++r) {
             for (int b = 0; b < blocks; ++b) tile.units[r][b] = std::max(block.factor[row + r] * scales[b], FLT_MIN);
         }
     };
-    meet<Integers>(tile, block, row, position, kv, head, from, &noise, find, find_units);
+    meet<Integers>(tile, block, row, kv, tile_from, &noise, kv.v_panel(head, tile_from, 0), find, find_units);
 }
 
 // `q` (ROWS, STRIDE) and the panels of `k` as floats.
-void meet_numbers(Tile& tile, Block& block, int row, int64_t position, const Packed& kv, int64_t head, int64_t from,
-                  const float* q, const float* k) {
+template <class Kind>
+void meet_numbers(Tile& tile, Block& block, int row, const Packed& kv, int64_t tile_from, const float* q,
+                  const float* k, const uint32_t* values) {
     alignas(64) static constexpr float ZEROS[LANES] = {};
-    const auto find = [&](int keys) {
-        find_scores<Numbers>(tile, (const uint32_t*)q, (const uint32_t*)k, ZEROS, 0, keys, kv.shape.k_width());
+    const auto find = [&](int64_t from, int keys) {
+        const float* const panels = k + (from - tile_from) * kv.shape.k_width();
+        find_scores<Numbers>(tile, (const uint32_t*)q, (const uint32_t*)panels, ZEROS, 0, keys, kv.shape.k_width());
     };
-    const auto find_units = [&] { std::fill_n(tile.units[0], ROWS * BLOCKS, 1.0f); };
-    meet<Numbers>(tile, block, row, position, kv, head, from, nullptr, find, find_units);
+    const auto find_units = [&](int64_t) { std::fill_n(tile.units[0], ROWS * BLOCKS, 1.0f); };
+    meet<Kind>(tile, block, row, kv, tile_from, nullptr, values, find, find_units);
 }
 
 // ---- The queries that INT8 does not hold ----------------------------------------------------------------------------
@@ -956,51 +955,72 @@ template <class T> void unpacked(const Packed& kv, const Tensor<T>& k, int64_t h
 
 thread_local Scratch of_numbers;
 
-// The hard ones of the block's queries once more, with scores in float32. Returns how many, or -1 if there is no memory.
-template <class T>
-int attend_in_numbers(Block& block, Tile& tile, const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, int64_t head,
-                      int64_t kv_head, int64_t first, int count, const bool* hard) {
+// Each ROWS of the block's queries that are `chosen`, once more, with scores in float32. False if there is no memory, or
+// if literal queries, which read V themselves, meet one that cannot be held.
+template <class Kind, class T>
+bool attend_in_numbers(Block& block, Tile& tile, const Packed& kv, const Tensor<T>& q, const Tensor<T>& k,
+                       const Tensor<T>& v, int64_t kv_head, const bool* chosen) {
+    constexpr bool literally = std::is_same_v<Kind, Literals>;
     const Shape& shape = kv.shape;
-    const int width = shape.k_width();
-    float* const rows = (float*)of_numbers.get(MAX_QUERIES * Numbers::STRIDE + KEYS * width);
-    if (!rows) return -1;
+    const int width = shape.k_width(), count = block.count;
+    const int64_t of_values = literally ? shape.width() * TILE_WORDS : 0;
+    float* const rows = (float*)of_numbers.get(MAX_QUERIES * Numbers::STRIDE + KEYS * width + of_values);
+    if (!rows) return false;
     float* const panels = rows + MAX_QUERIES * Numbers::STRIDE;
-    int again = 0;
+    uint32_t* const literal_values = (uint32_t*)(panels + KEYS * width);
     for (int n = 0; n < round_up(count, ROWS); ++n) {
-        if (!hard[n / ROWS]) continue;
+        if (!chosen[n / ROWS]) continue;
         float* const row = rows + n * Numbers::STRIDE;
-        q.read(q.token(head / shape.q_heads, head % shape.q_heads, first + n), n < count ? shape.dim : 0, width, row);
+        q.read(q.token(block.batch, block.head, block.first + n), n < count ? shape.dim : 0, width, row);
         for (int d = 0; d < width; d += 16) {
-            _mm512_store_ps(row + d, _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_set1_ps(shape.scale * LOG2_E)));
+            _mm512_store_ps(row + d, _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_set1_ps(shape.scale * Kind::UNIT)));
         }
         if (n % ROWS == 0) reset(block, shape, n);
-        again += n < count;
     }
-    for (int64_t key = 0; key < std::min(shape.kv_len, first + count + shape.ahead); key += KEYS) {
+    for (int64_t key = 0; key < shape.kv_len; key += KEYS) {
+        const auto here = [&](int row) {
+            const Interval& reaches = block.reaches[row / ROWS];
+            if (literally) return chosen[row / ROWS] && reaches.low < key + KEYS && reaches.high > key;
+            return chosen[row / ROWS] && meets(block, kv.masks, row, key);
+        };
+        bool some = false;
+        for (int row = 0; row < count; row += ROWS) some |= here(row);
+        if (!some) continue;
         unpacked(kv, k, kv_head, key, panels);
+        const uint32_t* values = literally ? literal_values : kv.v_panel(kv_head, key, 0);
+        for (int n = 0; literally && n < KEYS && key + n < shape.kv_len; n += K_BLOCK) {
+            const int tokens = int(std::min<int64_t>(K_BLOCK, shape.kv_len - key - n));
+            uint32_t* const to = literal_values + n / Values::KEYS_A_WORD * LANES;
+            float squares;
+            if (!(pack_v(shape, v, kv_head, key + n, tokens, first_bits(tokens), to, squares) <= LARGEST_V)) return false;
+        }
         for (int row = 0; row < count; row += ROWS) {
-            if (hard[row / ROWS]) {
-                meet_numbers(tile, block, row, first + row, kv, kv_head, key, rows + row * Numbers::STRIDE, panels);
-            }
+            if (here(row)) meet_numbers<Kind>(tile, block, row, kv, key, rows + row * Numbers::STRIDE, panels, values);
         }
     }
-    return again;
+    return true;
 }
 
-// Queries [first, first + count) of a head. Returns how many of them were computed exactly, or -1, and nothing is
-// written, if neither INT8 nor floats can hold them or the keys they meet.
+// Queries [first, first + count) of a head. Returns how many of them were computed exactly, or -1 if neither INT8 nor
+// floats can hold them or the keys they meet.
 template <class T>
-int attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& out, int64_t head, int64_t first,
-           int count) {
+int attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& v, const Tensor<T>& out,
+           int64_t head, int64_t first, int count) {
     const Shape& shape = kv.shape;
-    const int64_t batch = head / shape.q_heads, q_head = head % shape.q_heads;
-    const int64_t kv_head = batch * shape.kv_heads + q_head / shape.group();
+    const Masks& masks = kv.masks;
     Block block;
     Tile tile;
+    block.batch = head / shape.q_heads;
+    block.head = head % shape.q_heads;
+    block.first = first;
+    block.count = count;
+    const int64_t kv_head = block.batch * shape.kv_heads + block.head / shape.group();
     const float* k_scales = kv.k_scales(kv_head, 0);
     const float k_scale = *std::max_element(k_scales, k_scales + shape.k_blocks());
-    const T* const token = q.token(batch, q_head, first);
-    if (!(start_block(block, shape, q, token, count, kv.q_factors(kv_head)) * k_scale <= STEEPEST)) return -1;
+    const float most_of_a_sum = STEEPEST_SUM / (127 * 127 * shape.k_width());
+    const float steepest = masks.mask.adds() ? std::min(STEEPEST, most_of_a_sum) : STEEPEST;
+    if (!(start_block(block, shape, q, kv.q_factors(kv_head)) * k_scale <= steepest)) return -1;
+    find_intervals(block, shape, masks.mask);
 
     bool hard[MAX_QUERIES / ROWS] = {}, some = false;
     const Noise usual(kv, kv_head, 0, shape.kv_len);
@@ -1009,11 +1029,15 @@ int attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tenso
         const __m512 most = _mm512_set1_ps(MOST_NOISE * MOST_NOISE);
         hard[row / ROWS] = _mm512_mask_cmp_ps_mask(those, usual.of(block, row), most, _CMP_NLE_UQ);
     }
-    const int64_t seen = std::min(shape.kv_len, first + count + shape.ahead);
-    for (int64_t key = 0; key < seen; key += KEYS) {
+    const Interval* const groups = block.reaches;
+    Interval all = groups[0];
+    for (int row = ROWS; row < count; row += ROWS) {
+        all = {std::min(all.low, groups[row / ROWS].low), std::max(all.high, groups[row / ROWS].high)};
+    }
+    for (int64_t key = all.low / KEYS * KEYS; key < all.high; key += KEYS) {
         const Noise noise(kv, kv_head, key, std::min(shape.kv_len, key + KEYS));
         for (int row = 0; row < count; row += ROWS) {
-            if (!hard[row / ROWS]) meet_integers(tile, block, row, first + row, kv, kv_head, key, noise);
+            if (!hard[row / ROWS]) meet_integers(tile, block, row, kv, kv_head, key, noise);
         }
     }
     for (int row = 0; row < count; row += ROWS) {
@@ -1021,13 +1045,37 @@ int attend(const Packed& kv, const Tensor<T>& q, const Tensor<T>& k, const Tenso
         here = here || is_hard(block, shape, row, std::min(ROWS, count - row));
         some |= here;
     }
-    const int again = some ? attend_in_numbers(block, tile, kv, q, k, head, kv_head, first, count, hard) : 0;
-    if (again < 0) return -1;
+    if (some && !attend_in_numbers<Numbers>(block, tile, kv, q, k, v, kv_head, hard)) return -1;
+
+    const auto sum = [&](int n) { return _mm512_reduce_add_ps(block.sum[n]); };
+    const auto write = [&](int n) { // 0 where no key is seen
+        const float all = sum(n);
+        const float* const row = block.out + n * shape.width();
+        out.write(out.token(block.batch, block.head, first + n), shape.dim, row, all == 0.0f ? 0.0f : 1.0f / all);
+    };
+    int exact = 0;
+    bool literal[MAX_QUERIES] = {}, literally[MAX_QUERIES / ROWS] = {};
+    some = false;
     for (int n = 0; n < count; ++n) {
-        const float sum = _mm512_reduce_add_ps(block.sum[n]);
-        out.write(out.token(batch, q_head, first + n), shape.dim, block.out + n * shape.width(), 1.0f / sum);
+        if (masks.mask.adds()) {
+            if (!(std::fabs(block.top[n]) <= FARTHEST)) {
+                block.added[n] = masks.largest(block.batch, block.head, first + n);
+                literal[n] = block.added[n] != -INFINITY;
+            } else if (!(sum(n) <= FLT_MAX)) {
+                return -1;
+            }
+        }
+        if (literal[n]) some = literally[n / ROWS] = true;
+        else write(n);
+        exact += literal[n] || hard[n / ROWS];
     }
-    return again;
+    if (!some) return exact;
+    if (!attend_in_numbers<Literals>(block, tile, kv, q, k, v, kv_head, literally)) return -1;
+    for (int n = 0; n < count; ++n) {
+        if (literal[n] && !(sum(n) <= FLT_MAX)) return -1;
+        if (literal[n]) write(n);
+    }
+    return exact;
 }
 
 // Queries a block: as many as fit, so that K and V are seldom read, but at least `least` blocks in all.
@@ -1037,7 +1085,7 @@ int64_t block_size(const Shape& shape, int64_t least) {
     return round_up(ceil_div(shape.q_len, ceil_div(shape.q_len, most)), ROWS);
 }
 
-thread_local Scratch one_head, some_heads;
+thread_local Scratch one_head, some_heads, of_masks;
 
 // While it lives this thread takes floats below 2^-126 for 0: a weight 2^-130 as large as the largest one adds nothing,
 // but each product with it takes the CPU a hundred times as long.
@@ -1055,7 +1103,7 @@ constexpr int64_t LEFT = -(int64_t(1) << 40);
 
 // False if there is no memory.
 template <class T>
-bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& v, const Tensor<T>& out,
+bool run(const Shape& shape, const Mask& mask, const Tensor<T>& q, const Tensor<T>& k, const Tensor<T>& v, const Tensor<T>& out,
          int threads, int64_t* exact) {
     const int64_t kv_heads = shape.batch * shape.kv_heads, group = shape.group(), k_blocks = shape.k_blocks();
     // Whole heads as far as all threads get as many, and wait for none of the others; what is left is done together.
@@ -1064,7 +1112,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     const int64_t whole_blocks = ceil_div(shape.q_len, whole_size), blocks = ceil_div(shape.q_len, shared_size);
     const auto attend_block = [&](const Packed& packed, int64_t head, int64_t block, int64_t size) {
         const int64_t first = block * size;
-        const int rows = attend(packed, q, k, out, head, first, int(std::min(size, shape.q_len - first)));
+        const int rows = attend(packed, q, k, v, out, head, first, int(std::min(size, shape.q_len - first)));
         if (rows == 0) return;
         const int64_t counted = rows < 0 ? LEFT : rows;
 #pragma omp atomic
@@ -1072,7 +1120,11 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
     };
     uint32_t* const shared_memory = shared ? some_heads.get(Packed::words(shape, shared)) : nullptr;
     if (shared && !shared_memory) return false;
-    const Packed packed(shape, whole, shared, shared_memory);
+    Masks masks(shape, mask);
+    uint32_t* const tables = masks.are_plain ? nullptr : of_masks.get(masks.words());
+    if (!masks.are_plain && !tables) return false;
+    masks.place(tables);
+    const Packed packed(masks, whole, shared, shared_memory);
     std::atomic<bool> enough = true;
     // Waking the other threads takes microseconds: no less than this one needs for some hundred thousand products. A
     // head takes as long as forty thousand beside its own.
@@ -1080,6 +1132,14 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
 #pragma omp parallel num_threads(threads) if (parallel)
     {
         const WithoutDenormals here;
+        if (!masks.are_plain) {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < masks.parts_to_classify(); ++i) masks.classify(i);
+#pragma omp for
+            for (int64_t i = 0; i < shape.batch; ++i) masks.find_reached(i);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < masks.parts_to_see(); ++i) masks.find_seen(i);
+        }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t head = 0; head < whole; ++head) {
             uint32_t* const memory = one_head.get(Packed::words(shape, 1));
@@ -1087,7 +1147,7 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
                 enough = false;
                 continue;
             }
-            const Packed own(shape, head, 1, memory);
+            const Packed own(masks, head, 1, memory);
             find_basis(own, q, k, head);
             for (int64_t block = 0; block < k_blocks; ++block) pack(own, k, v, head, block * K_BLOCK);
             for (int64_t i = 0; i < group * whole_blocks; ++i) {
@@ -1109,19 +1169,15 @@ bool run(const Shape& shape, const Tensor<T>& q, const Tensor<T>& k, const Tenso
         }
     }
     some_heads.trim(1);
+    of_masks.trim(1);
     return enough;
 }
 
-struct Arguments { // of sagecompile_attention
-    void *q, *k, *v, *out;
-    const int64_t* strides;
-    int threads;
-    int64_t* exact;
-};
-
-template <class T> bool run_typed(const Shape& shape, const Arguments& a) {
-    const auto tensor = [&](void* data, int i) { return Tensor<T>{static_cast<T*>(data), a.strides + 4 * i}; };
-    return run(shape, tensor(a.q, 0), tensor(a.k, 1), tensor(a.v, 2), tensor(a.out, 3), a.threads, a.exact);
+template <class T>
+bool run_typed(const Shape& shape, const Mask& mask, void* const* tensors, const int64_t* strides, int threads,
+               int64_t* exact) {
+    const auto tensor = [&](int i) { return Tensor<T>{static_cast<T*>(tensors[i]), strides + 4 * i}; };
+    return run(shape, mask, tensor(0), tensor(1), tensor(2), tensor(3), threads, exact);
 }
 
 // ---- How many rows were computed exactly ----------------------------------------------------------------------------
@@ -1157,18 +1213,21 @@ void count(std::string_view site, const Shape& shape, const int64_t* exact) {
 
 } // namespace
 
-// sizes: batch, query heads, query tokens, head_dim, KV heads, KV tokens, how far ahead a query sees (key j is visible
-// to query i iff j <= i + ahead), dtype (0 float32, 1 bfloat16, 2 float16), threads; then the 4 strides of q, k, v and
-// out in elements. exact: for each batch and query head, zero on entry: how many of its rows were computed exactly; below
-// zero for those that are left to the caller. site: for whom it is counted, of so many letters. Returns 0, or 1 if there
-// is no memory.
-extern "C" int sagecompile_attention(void* q, void* k, void* v, void* out, const int64_t* sizes, float scale,
-                                     int64_t* exact, const char* site, int64_t letters) {
-    const int64_t seen = std::min(sizes[5], sizes[2] + sizes[6]); // no key behind influences anything
-    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], seen, sizes[6], int(sizes[3]), scale};
-    const Arguments arguments{q, k, v, out, sizes + 9, int(sizes[8]), exact};
-    const auto typed = sizes[7] == 0 ? run_typed<float> : sizes[7] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
-    if (!typed(shape, arguments)) return 1;
+// tensors: q, k, v, out, and low, high and mask, each of which may be null. sizes: batch, query heads, query tokens,
+// head_dim, KV heads, KV tokens, dtype (0 float32, 1 bfloat16, 2 float16), threads, how far ahead and how far behind a
+// query sees (i - behind <= j <= i + ahead), the mask's dtype (3 is bool); then strides in elements: the 4 of q, k, v and
+// out, the 2 of low and high, the 4 of mask, 0 for dims that are broadcast. exact: for each batch and query head, zero on
+// entry: how many of its rows were computed exactly; below zero for those that are left to the caller. site: for whom it
+// is counted, of so many letters. Returns 0, or 1 if there is no memory.
+extern "C" int sagecompile_attention(void* const* tensors, const int64_t* sizes, float scale, int64_t* exact,
+                                     const char* site, int64_t letters) {
+    const int64_t ahead = sizes[8], *strides = sizes + 11;
+    const int64_t seen = std::min(sizes[5], sizes[2] + ahead); // no key behind influences anything
+    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[4], seen, ahead, int(sizes[3]), scale};
+    const auto bound = [&](int i) { return static_cast<const int32_t*>(tensors[i]); };
+    const Mask mask{sizes[9], bound(4), bound(5), strides + 16, strides + 18, tensors[6], sizes[10], strides + 20};
+    const auto typed = sizes[6] == 0 ? run_typed<float> : sizes[6] == 1 ? run_typed<BFloat16> : run_typed<Float16>;
+    if (!typed(shape, mask, tensors, strides, int(sizes[7]), exact)) return 1;
     count({site, size_t(letters)}, shape, exact);
     return 0;
 }

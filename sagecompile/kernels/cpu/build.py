@@ -17,6 +17,8 @@ from sagecompile.kernels import compiler, counts
 from sagecompile.kernels.counts import Counts
 
 SOURCE, OPS = (Path(__file__).with_name(name) for name in ("attention.cpp", "ops.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("masks.h", "tensors.h"))
+"""Of SOURCE."""
 CPUINFO = Path("/proc/cpuinfo")
 
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma")
@@ -53,10 +55,10 @@ def function(*extra_flags: str, bf16: bool = True) -> Any:
         raise UnsupportedError(reason)
     used = [*NEEDED, *(name for name in USED_WHERE_THERE if bf16 and name in features())]
     machine = [f"-m{name.replace('_', '')}" for name in used]
-    built = compiler.library(SOURCE, "the CPU attention kernel", [*FLAGS, *machine, *extra_flags])
+    built = compiler.library(SOURCE, "the CPU attention kernel", [*FLAGS, *machine, *extra_flags], HEADERS)
     library = ctypes.CDLL(str(built))
     attention: Any = library.sagecompile_attention
-    attention.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_float, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
+    attention.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_float, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
     counts.of_libraries[str(built)] = partial(_counted, library)
     return attention
 
